@@ -1,0 +1,145 @@
+"""A decoder-only language model as this project sees it: embedding, blocks, norm, head.
+
+Blocks are found by *structure*: the one `ModuleList` whose items hold `self_attn.{q,k,v,o}_proj`, `mlp.{gate,up,down}_proj`
+and two norms, and no other linear layer. Llama, Mistral, Qwen2 and Qwen3 look like that. Anything else (mixtures of experts,
+fused projections, extra norms, biases inside norms) is refused with the reason rather than quantized in part.
+
+A *site* is a point where activations are quantized once for several linears: `qkv`, `o`, `gate_up`, `down`. The outputs of
+the two norms feed q/k/v and gate/up and nothing else, so a site is also where smoothing can be folded (`smoothing.py`).
+
+`run_block` calls a block alone on hidden states `(batch, tokens, hidden)` with the masks and rotary embeddings the whole
+model would have given it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_core.errors import ModelError
+
+SITE_OF = {
+    "self_attn.q_proj": "qkv",
+    "self_attn.k_proj": "qkv",
+    "self_attn.v_proj": "qkv",
+    "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate_up",
+    "mlp.up_proj": "gate_up",
+    "mlp.down_proj": "down",
+}
+SITES = ("qkv", "o", "gate_up", "down")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def linears_of_site(site: str) -> tuple[str, ...]:
+    """Paths of the linears that share a site's input, in order."""
+    return tuple(path for path, s in SITE_OF.items() if s == site)
+
+
+class Decoder:
+    """A view of a transformers causal language model; holds no weights of its own."""
+
+    def __init__(self, model: nn.Module):
+        """Raises ModelError naming what is not supported."""
+        self.model = model
+        self.config: Any = model.config
+        self.base: Any = getattr(model, "model", None)
+        for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
+            if not hasattr(self.base, part):
+                raise ModelError(f"{_kind(model)} has no decoder part `{part}`: only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
+        self.blocks: list[nn.Module] = list(self.base.layers)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear):
+            raise ModelError(f"{_kind(model)} has no linear output head")
+        self.head: nn.Linear = head
+        if not self.blocks:
+            raise ModelError(f"{_kind(model)} has no decoder blocks")
+        for index, block in enumerate(self.blocks):
+            _check_block(block, f"{_kind(model)} block {index}")
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids `(batch, tokens)` -> hidden states `(batch, tokens, hidden)`."""
+        hidden: Tensor = self.base.embed_tokens(ids)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the last block -> logits `(..., vocabulary)`."""
+        return self.head(self.base.norm(hidden))  # type: ignore[no-any-return]
+
+    def surroundings(self, hidden: Tensor) -> dict[str, Any]:
+        """What every block is given beside its hidden states: positions, rotary embeddings, masks by layer type."""
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        made: dict[str, Any] = {"position_ids": positions, "position_embeddings": self.base.rotary_emb(hidden, positions)}
+        arguments = {"config": self.config, "inputs_embeds": hidden, "attention_mask": None, "past_key_values": None, "position_ids": positions}
+        window = getattr(self.config, "sliding_window", None)
+        made["masks"] = {"full_attention": create_causal_mask(**arguments)}
+        if window is not None and window < hidden.shape[1]:
+            made["masks"]["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+        return made
+
+    def run_block(self, block: nn.Module, hidden: Tensor, surroundings: dict[str, Any], index: int = 0) -> Tensor:
+        """One block alone: `(batch, tokens, hidden)` -> the same shape."""
+        masks = surroundings["masks"]
+        types: Sequence[str] | None = getattr(self.config, "layer_types", None)
+        default = "sliding_attention" if getattr(self.config, "sliding_window", None) is not None and types is None else "full_attention"
+        mask = masks.get(types[index] if types else default, masks["full_attention"])
+        out = block(
+            hidden,
+            attention_mask=mask,
+            position_ids=surroundings["position_ids"],
+            position_embeddings=surroundings["position_embeddings"],
+        )
+        return out if isinstance(out, Tensor) else out[0]
+
+    def forward(self, ids: Tensor, blocks: Iterable[nn.Module] | None = None) -> Tensor:
+        """Logits `(batch, tokens, vocabulary)` of the model with its own blocks, or with others in their place."""
+        hidden = self.embed(ids)
+        around = self.surroundings(hidden)
+        for index, block in enumerate(self.blocks if blocks is None else blocks):
+            hidden = self.run_block(block, hidden, around, index)
+        return self.logits(hidden)
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """The seven linears of a block by path, in the order of `SITE_OF`."""
+    return {path: block.get_submodule(path) for path in SITE_OF}  # type: ignore[misc]
+
+
+def _kind(model: nn.Module) -> str:
+    return f"{type(model).__name__} (model_type {getattr(model.config, 'model_type', 'unknown')!r})"
+
+
+def _check_block(block: nn.Module, where: str) -> None:
+    names = {name for name, _ in block.named_children()}
+    expected = {"self_attn", "mlp", *NORMS}
+    if names != expected:
+        extra, missing = sorted(names - expected), sorted(expected - names)
+        raise ModelError(f"{where} is not built like Llama: {f'unknown parts {extra} ' if extra else ''}{f'no {missing}' if missing else ''}; only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
+    linears = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    if linears != set(SITE_OF):
+        extra, missing = sorted(linears - set(SITE_OF)), sorted(set(SITE_OF) - linears)
+        raise ModelError(f"{where} has other linear layers than q/k/v/o and gate/up/down: extra {extra}, missing {missing}; fused projections and mixtures of experts are not supported")
+    for norm in NORMS:
+        _check_norm(block.get_submodule(norm), f"{where} {norm}")
+
+
+def _check_norm(norm: nn.Module, where: str) -> None:
+    """Folding needs a norm whose output is proportional to its weight; a quick probe says whether it is."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, nn.Parameter) or getattr(norm, "bias", None) is not None:
+        raise ModelError(f"{where} has no plain weight; only RMS norms without a bias are supported")
+    if weight.device.type == "meta":
+        return
+    with torch.no_grad():
+        probe = torch.linspace(-1, 1, weight.numel(), dtype=torch.float32, device=weight.device)
+        full, saved = norm(probe[None]).float(), weight.detach().clone()
+        weight.mul_(0.5)
+        half = norm(probe[None]).float()
+        weight.copy_(saved)
+    if not torch.allclose(full * 0.5, half, rtol=1e-3, atol=1e-6):
+        raise ModelError(f"{where} is not proportional to its weight; only plain RMS norms are supported")
