@@ -1,0 +1,174 @@
+"""The pipeline as a table: which steps, in which order, reading which fields, fed by which results.
+
+    teacher ──────────────────────────────────────────────┐ (first: its gate stops a run that cannot mean anything)
+    ptq_init → weight_distill → act_quant → end_to_end → pack_and_benchmark → evaluate_model      the row `final`
+        └──────────────────────────────────────────────→ pack_and_benchmark → evaluate_model      the row `stage1`
+
+`plan(config)` lists the steps of one run; baseline rows are the same steps under a changed config, so that they share the
+cache with everything else. Nothing here knows how a step is executed: `run.py` walks the plan in this process, `flows/`
+gives each step to Prefect, and both end up with the same keys, hence the same artifacts.
+
+A step's `fields` must be complete (a field that is read but not named gives stale results) and minimal (one that is named
+but not read re-runs the step for nothing).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+from lbllm_core.config import RunConfig
+from lbllm_core.engine.artifacts import Handle
+from lbllm_core.engine.step import Metrics, StepContext, StepSpec
+from lbllm_core.errors import GateError
+
+_MODEL = tuple(f"model.{name}" for name in ("source", "path", "file", "sha256", "context", "add_bos", "blocks"))
+_DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len")))
+_WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size"))
+_ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "act_group_size", "kv_bits"))
+_MEASURED = tuple(f"evaluation.{name}" for name in ("protocols", "tasks", "task_limit", "batch_tokens"))
+STEPS_MODULE = "lbllm_core.steps"
+
+
+def _late(name: str, context: StepContext) -> Metrics:
+    """Call a step body; its module is imported when the first step runs, so that planning stays light."""
+    body: Callable[[StepContext], Metrics] = getattr(importlib.import_module(STEPS_MODULE), name)
+    return body(context)
+
+
+def _spec(name: str, *fields: str) -> StepSpec:
+    return StepSpec(name, tuple(sorted(fields)), (f"{STEPS_MODULE}:{name}",), partial(_late, name))
+
+
+SPECS: Mapping[str, StepSpec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            _spec("evaluate_teacher", *_MODEL, *_MEASURED, *_DATA),
+            _spec("ptq_init", *_MODEL, *_DATA, *_WEIGHTS, "ptq_init"),
+            _spec("weight_distill", *_MODEL, *_DATA, *_WEIGHTS, "weight_distill"),
+            _spec("act_quant", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "act_quant"),
+            _spec("end_to_end", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "end_to_end"),
+            _spec("pack_and_benchmark", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "pack"),
+            _spec("evaluate_model", *_MODEL, *_MEASURED, *_DATA, *_ACTIVATIONS),
+        )
+    }
+)
+STAGES = ("ptq_init", "weight_distill", "act_quant", "end_to_end")  # the steps that hand a student on
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a run. `inputs` maps a role to the `name` of an earlier planned step; `row` is the table row it serves."""
+
+    name: str
+    spec: StepSpec
+    config: RunConfig
+    row: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: every planned step with its handle, in order, and the steps that were off with the reason."""
+
+    config: RunConfig
+    steps: tuple[tuple[PlannedStep, Handle], ...]
+    skipped: Mapping[str, str]
+
+
+def why_skipped(config: RunConfig) -> dict[str, str]:
+    """`{step: reason}` for the stages that this config leaves out."""
+    scheme, reasons = config.scheme, {}
+    if not config.weight_distill.enabled:
+        reasons["weight_distill"] = "weight_distill.enabled=false"
+    if scheme.act_bits == 16 and scheme.kv_bits == 16:
+        reasons["act_quant"] = "activations and cache stay in full precision"
+    elif not config.act_quant.enabled:
+        reasons["act_quant"] = "act_quant.enabled=false"
+    if not config.end_to_end.enabled:
+        reasons["end_to_end"] = "end_to_end.enabled=false"
+    if scheme.weight_bits == 16:
+        everything = (*STAGES, "pack_and_benchmark", "evaluate_model")
+        reasons |= dict.fromkeys(everything, "scheme.weight_bits=16: the teacher is the result")
+    return reasons
+
+
+def plan(config: RunConfig) -> tuple[PlannedStep, ...]:
+    """The steps of one run in an order in which each finds its inputs finished."""
+    steps = [PlannedStep("evaluate_teacher", SPECS["evaluate_teacher"], config, "teacher")]
+    skipped = why_skipped(config)
+    student = ""
+    for name in STAGES:
+        if name not in skipped:
+            steps.append(PlannedStep(name, SPECS[name], config, "final", {"student": student} if student else {}))
+            student = name
+    if student:
+        steps += _measured(config, "final", student)
+        for row in config.evaluation.baselines:
+            steps += baseline_steps(config, row)
+    return tuple(steps)
+
+
+def _measured(config: RunConfig, row: str, student: str) -> list[PlannedStep]:
+    prefix = "" if row == "final" else f"{row}/"
+    packed = PlannedStep(f"{prefix}pack_and_benchmark", SPECS["pack_and_benchmark"], config, row, {"student": student})
+    inputs = {"packed": packed.name, "teacher": "evaluate_teacher"}
+    return [packed, PlannedStep(f"{prefix}evaluate_model", SPECS["evaluate_model"], config, row, inputs)]
+
+
+def baseline_steps(config: RunConfig, row: str) -> list[PlannedStep]:
+    """The steps of a row beside the final one: stage 1 under `baseline_config`, packed (without a benchmark) and evaluated."""
+    changed = baseline_config(config, row)
+    if changed.scheme == config.scheme and changed.ptq_init == config.ptq_init:
+        return [] if row == "stage1_explicit" else _measured(changed, row, "ptq_init")
+    start = PlannedStep(f"{row}/ptq_init", SPECS["ptq_init"], changed, row)
+    return [start, *_measured(changed, row, start.name)]
+
+
+def baseline_config(config: RunConfig, row: str) -> RunConfig:
+    """stage1: as configured; stage1_explicit: four stored levels, G=64; rtn: those by rounding to nearest, uncompensated."""
+    changed = replace(config, pack=replace(config.pack, benchmark=False))
+    if row in ("stage1_explicit", "rtn"):
+        changed = replace(changed, scheme=replace(changed.scheme, level_mode="explicit", group_size=64))
+    if row == "rtn":
+        changed = replace(changed, ptq_init=replace(changed.ptq_init, method="rtn", error_compensation=False))
+    return changed
+
+
+def facts(spec: StepSpec, config: RunConfig, home: Path) -> dict[str, str]:
+    """What a step's result depends on beside the config: the bytes of teacher and text, the device, the number type."""
+    from lbllm_core.data.tokens import data_digest, evaluation_digest
+    from lbllm_core.engine.device import resolve
+    from lbllm_core.model.load import teacher_digest
+
+    device = resolve(config.hardware)
+    found = {"device": device.type, "compute dtype": device.dtype_name, "model weights": teacher_digest(config.model, home)}
+    if any(name.startswith("dataset.") for name in spec.fields):
+        found["calibration text"] = data_digest(config.dataset)
+    if any(name.startswith("evaluation.") for name in spec.fields):
+        found["evaluation data"] = evaluation_digest(config)
+    return found
+
+
+def check_gate(config: RunConfig, teacher: Handle) -> None:
+    """Stop when the teacher does not score what the config expects: every later number would be measured against a wrong one.
+
+    A model cut to its first blocks is not the one that the expected values describe, so it has no gate.
+    """
+    if config.model.blocks:
+        return
+    wrong = []
+    for name, expected in config.model.expected.items():
+        measured = teacher.metrics.get(name)
+        if measured is not None and abs(measured - expected) > config.model.tolerance * abs(expected):
+            wrong.append(f"{name} is {measured:.4g}, expected {expected:.4g}")
+    if wrong:
+        raise GateError(
+            f"teacher {config.model.name}: {'; '.join(wrong)} (tolerance {config.model.tolerance:.1%}). "
+            "Check the weights and the evaluation data, or correct model.expected"
+        )
