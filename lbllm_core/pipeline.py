@@ -146,8 +146,8 @@ def facts(spec: StepSpec, config: RunConfig, home: Path) -> dict[str, str]:
     from lbllm_core.engine.device import resolve
     from lbllm_core.model.load import teacher_digest
 
-    device = resolve(config.hardware)
-    found = {"device": device.type, "compute dtype": device.dtype_name, "model weights": teacher_digest(config.model, home)}
+    place = resolve(config.hardware)
+    found = {"device": place.device.type, "compute dtype": place.dtype_name, "model weights": teacher_digest(config.model, home)}
     if any(name.startswith("dataset.") for name in spec.fields):
         found["calibration text"] = data_digest(config.dataset)
     if any(name.startswith("evaluation.") for name in spec.fields):

@@ -37,6 +37,7 @@ from filelock import FileLock, Timeout
 
 from lbllm_core.config import RunConfig, canonical_json, select
 from lbllm_core.engine.fingerprint import code_fingerprint
+from lbllm_core.engine.ledger import sha256_file, write_atomic
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import ArtifactError, NumericalError
@@ -181,7 +182,7 @@ def verify(folder: Path) -> Handle:
             raise ArtifactError(f"{path} is missing")
         if path.stat().st_size != facts["bytes"]:
             raise ArtifactError(f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}")
-        if file_sha256(path) != facts["sha256"]:
+        if sha256_file(path) != facts["sha256"]:
             raise ArtifactError(f"{path} was altered (its sha256 is not the published one)")
     if _content_digest(manifest["files"]) != handle.digest:
         raise ArtifactError(f"{folder / MANIFEST} was altered (its digest does not match its files)")
@@ -216,22 +217,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return found + [f"{name} changed" for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds either its old bytes or all of `data`, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
 def _publish(folder: Path, key: str, parts: Mapping[str, Any], inputs: Mapping[str, Handle], metrics: Metrics) -> Handle:
     figures = {name: float(value) for name, value in metrics.items()}
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
@@ -247,7 +232,7 @@ def _publish(folder: Path, key: str, parts: Mapping[str, Any], inputs: Mapping[s
             continue
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-        files[name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+        files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
     handle = Handle(parts["step"], key, _content_digest(files), figures)
     manifest = {
         "schema": SCHEMA,
@@ -257,7 +242,7 @@ def _publish(folder: Path, key: str, parts: Mapping[str, Any], inputs: Mapping[s
         "files": files,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode())
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode())
     return handle
 
 
@@ -305,7 +290,7 @@ def _stopwatch(folder: Path, report: Report) -> Iterator[Report]:
 
     def write() -> None:
         seconds = earlier + time.monotonic() - started
-        write_atomically(path, json.dumps({"seconds": round(seconds, 3)}).encode())
+        write_atomic(path, json.dumps({"seconds": round(seconds, 3)}).encode())
 
     def listener(progress: Progress) -> None:
         nonlocal written
