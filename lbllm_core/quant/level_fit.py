@@ -23,9 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbllm_core.quant.weight import midpoints, nearest_codes, take_levels
+from lbllm_core.quant.uniform import fit_affine, nearest_affine
+from lbllm_core.quant.weight import TINY, midpoints, nearest_codes, take_levels, weighted_error
 
-TINY = 1e-12
 BINS = 96
 CHUNK = 16384  # groups at a time: bounds memory
 RANGE = 4.0  # bins cover +- 4 units: weights are given in units of their row's root mean square
@@ -43,11 +43,6 @@ def level_masses(w: Tensor, h: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     mass = torch.stack([a - b for a, b in zip(mass_above, [*mass_above[1:], zero], strict=True)], dim=-1)
     moment = torch.stack([a - b for a, b in zip(moment_above, [*moment_above[1:], zero], strict=True)], dim=-1)
     return mass.clamp_min(0), moment
-
-
-def weighted_error(w: Tensor, h: Tensor, levels: Tensor) -> Tensor:
-    """`sum_i h_i (w_i - nearest level)^2` for each group: `(n,)`. Leading dimensions broadcast."""
-    return (h * (w - take_levels(levels, nearest_codes(w, levels))).square()).sum(-1)
 
 
 def _em(w: Tensor, h: Tensor, levels: Tensor, rounds: int) -> Tensor:
@@ -135,12 +130,12 @@ def choose_entries(w: Tensor, h: Tensor, table: Tensor, shortlist: int) -> Tenso
 
 
 def _update_entries(w: Tensor, h: Tensor, table: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted means of all weights that an entry's levels hold: new table `(k, 4)` and the importance of each entry `(k,)`."""
+    """Weighted means of all weights that an entry's levels hold: new table `(k, 4)` and their importance `(k, 4)`."""
     mass, moment = level_masses(w, h, table[entry])
     total = torch.zeros_like(table).index_add_(0, entry, mass)
     sums = torch.zeros_like(table).index_add_(0, entry, moment)
     new = torch.where(total > TINY, sums / total.clamp_min(TINY), table)
-    return new.sort(dim=-1).values, total.sum(-1)
+    return new.sort(dim=-1).values, total
 
 
 def _revive(table: Tensor, used: Tensor, own: Tensor, cost: Tensor) -> Tensor:
@@ -152,13 +147,16 @@ def _revive(table: Tensor, used: Tensor, own: Tensor, cost: Tensor) -> Tensor:
     return table
 
 
-def fit_codebook(w: Tensor, h: Tensor, entries: int, rounds: int, shortlist: int, generator: torch.Generator) -> Tensor:
+def fit_codebook(
+    w: Tensor, h: Tensor, entries: int, rounds: int, shortlist: int, generator: torch.Generator, affine: bool = False
+) -> Tensor:
     """A table of level quadruples for many groups: weighted k-means.
 
     w, h `(n, G)` in units of the row scale (h already holds the squared row scale) -> `(entries, 4)`, each ascending.
-    With fewer groups than entries the table repeats optima, which is harmless.
+    With fewer groups than entries the table repeats optima, which is harmless. `affine` restricts every entry to equal steps
+    (the control `affine_cb`).
     """
-    own = fit_levels(w, h)
+    own = fit_affine(w, h) if affine else fit_levels(w, h)
     mass, _ = level_masses(w, h, own)
     picks = torch.randperm(w.shape[0], generator=generator)[:entries].to(w.device)
     table = own[picks.repeat(-(-entries // len(picks)))[:entries]]
@@ -168,10 +166,12 @@ def fit_codebook(w: Tensor, h: Tensor, entries: int, rounds: int, shortlist: int
         weight = torch.zeros_like(table).index_add_(0, entry, mass)
         sums = torch.zeros_like(table).index_add_(0, entry, mass * own)
         table = torch.where(weight > TINY, sums / weight.clamp_min(TINY), table).sort(dim=-1).values
+        table = nearest_affine(table, weight) if affine else table
         excess = (mass * (own - table[entry]).square()).sum(-1)
         table = _revive(table, weight.sum(-1), own, excess)
     for _ in range(max(2, rounds // 2)):  # fine: true cost
         entry = choose_entries(w, h, table, shortlist)
         table, used = _update_entries(w, h, table, entry)
-        table = _revive(table, used, own, weighted_error(w, h, table[entry]))
+        table = nearest_affine(table, used) if affine else table
+        table = _revive(table, used.sum(-1), own, weighted_error(w, h, table[entry]))
     return table

@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbllm_core.quant.level_fit import TINY, weighted_error
-from lbllm_core.quant.weight import nearest_codes
+from lbllm_core.quant.weight import TINY, nearest_codes, weighted_error
 
 
 def affine_levels(base: Tensor, step: Tensor) -> Tensor:
@@ -46,6 +45,12 @@ def fit_affine(w: Tensor, h: Tensor, rounds: int = 8) -> Tensor:
             best_error = torch.minimum(error, best_error)
     assert best is not None
     return best
+
+
+def nearest_affine(levels: Tensor, mass: Tensor) -> Tensor:
+    """Equidistant levels closest to given ones under the importance of each: levels, mass `(n, 4)` -> `(n, 4)`."""
+    codes = torch.arange(4, device=levels.device, dtype=levels.dtype).expand_as(levels)
+    return _least_squares(levels, mass, codes, levels)
 
 
 def _least_squares(w: Tensor, h: Tensor, codes: Tensor, levels: Tensor) -> Tensor:

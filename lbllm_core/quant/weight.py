@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 GRID = 127  # levels live on the int8 grid -127..127; -128 is never used, so that negation is exact
+TINY = 1e-12  # an importance below this counts as none
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ def take_levels(levels: Tensor, codes: Tensor) -> Tensor:
     low = torch.where(codes == 0, levels[..., 0:1], levels[..., 1:2])
     high = torch.where(codes == 2, levels[..., 2:3], levels[..., 3:4])
     return torch.where(codes < 2, low, high)
+
+
+def weighted_error(w: Tensor, h: Tensor, levels: Tensor) -> Tensor:
+    """`sum_i h_i (w_i - nearest level)^2` for each group: w, h `(..., G)`, levels `(..., 4)` -> `(...)`."""
+    return (h * (w - take_levels(levels, nearest_codes(w, levels))).square()).sum(-1)
 
 
 def group_levels(q: QuantizedWeight) -> Tensor:

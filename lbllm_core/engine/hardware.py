@@ -1,0 +1,50 @@
+"""Where a run computes and in which precision: `auto` is resolved here, once.
+
+Matrix products of training run in bf16 where the hardware has matrix units for it (any recent GPU, CPUs with AMX), else in
+float32; masters, norms, losses and everything that decides a code stay in float32. The resolved choice is part of a step's
+key, because it changes results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from lbllm_core.config import HardwareConfig
+from lbllm_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A resolved HardwareConfig."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Matrix products in the compute type."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
+
+    def describe(self) -> dict[str, str]:
+        """What goes into a step's key."""
+        return {"device": self.device.type, "compute_dtype": str(self.compute_dtype).removeprefix("torch.")}
+
+
+def cpu_has_bf16_units() -> bool:
+    """True where bf16 products are several times faster than float32 ones (AMX tiles)."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
+
+
+def resolve(config: HardwareConfig) -> Hardware:
+    """Hardware for a config. Raises ConfigError when `cuda` is asked for and there is none."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(["hardware.device=cuda, but this machine has no usable CUDA device; choose hardware.device=cpu or auto"])
+    device = torch.device("cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    fast = device.type == "cuda" or cpu_has_bf16_units()
+    wide = config.compute_dtype == "fp32" or (config.compute_dtype == "auto" and not fast)
+    return Hardware(device, torch.float32 if wide else torch.bfloat16)

@@ -1,0 +1,252 @@
+"""Linear layers whose W(1+1) weight can be trained.
+
+Three views of one weight, all giving `W_q (out, in)` in the forward pass:
+
+- `NearestWeight`: a latent full-precision weight; the code of each weight is its nearest level. Gradient to the latent weight
+  is straight-through; gradient to a level is the sum over the weights that hold it. Both codes and levels move (stage 2).
+- `FrozenWeight`: codes are fixed, only the levels (or the table and the row scales) move (stages 3 and 4).
+- `LatentBitmapWeight`: the paper's own (arXiv 2604.19167, eqs. 3, 6): latent W gives the binary bit, latent G in [0, 1] the
+  bitmap bit, each straight-through; (alpha, mu) are the four levels in another coordinate system.
+
+Levels are learned as fractions of the row's largest (levels / 127) and row scales as exponents of a gain, so that one learning
+rate means the same relative step in every row of every model. Levels are rounded to the int8 grid of the packed format inside
+the forward pass (straight-through), so that what is trained is what will be packed and the final snap changes nothing. A table may be shared by the linears of a site: it is the same
+`nn.Parameter` object in each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_core.quant.weight import (
+    GRID,
+    QuantizedWeight,
+    from_real_levels,
+    group_levels,
+    join_groups,
+    midpoints,
+    nearest_codes,
+    split_groups,
+    take_levels,
+    to_grid,
+)
+
+
+class _Select(torch.autograd.Function):
+    """`levels[code]`; gradients: identity to the latent weight, sums over holders to the levels."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, levels: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        return take_levels(levels, codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        (codes,) = ctx.saved_tensors
+        to_levels = None
+        if ctx.needs_input_grad[1]:
+            to_levels = torch.stack([(grad * (codes == c)).sum(-1) for c in range(4)], dim=-1)
+        return (grad if ctx.needs_input_grad[0] else None), to_levels, None
+
+
+def grid_ste(levels: Tensor) -> Tensor:
+    """Levels as the int8 grid will hold them; the gradient is that of the identity."""
+    return levels + (to_grid(levels) - levels).detach()
+
+
+class _LevelStore(nn.Module):
+    """Levels of one linear in units of its row scale: explicit, or a (shared) table with fixed group codes."""
+
+    group_codes: Tensor | None
+    row_scale: Tensor
+
+    def __init__(self, q: QuantizedWeight, table: nn.Parameter | None):
+        super().__init__()
+        self.register_buffer("row_scale", q.row_scale)
+        self.gain = nn.Parameter(torch.zeros_like(q.row_scale))
+        self.group_size = q.group_size
+        if q.levels is not None:
+            self.levels: nn.Parameter | None = nn.Parameter(q.levels / GRID)
+            self.table: nn.Parameter | None = None
+            self.register_buffer("group_codes", None)
+        else:
+            assert table is not None
+            assert q.group_codes is not None
+            self.levels, self.table = None, table
+            self.register_buffer("group_codes", q.group_codes)
+
+    def units(self) -> Tensor:
+        """Levels on the int8 grid, ascending, `(out, n_groups, 4)`, with gradients to whatever holds them."""
+        if self.levels is not None:
+            return grid_ste(self.levels.sort(dim=-1).values * GRID)
+        assert self.table is not None
+        assert self.group_codes is not None
+        ordered = grid_ste(self.table.sort(dim=-1).values * GRID)
+        flat = ordered.index_select(0, self.group_codes.flatten().int())
+        return flat.view(*self.group_codes.shape, 4)
+
+    def scaled(self) -> Tensor:
+        """Levels as real numbers, `(out, n_groups, 4)`."""
+        return self.units() * self.scale()[:, None, None]
+
+    def scale(self) -> Tensor:
+        """Row scales `(out,)`."""
+        return self.row_scale * self.gain.exp()
+
+    def quantized(self, codes: Tensor) -> QuantizedWeight:
+        """The current value as a plain QuantizedWeight with the given codes."""
+        scale = self.scale().detach().clone()
+        if self.levels is not None:
+            return QuantizedWeight(codes, scale, self.group_size, levels=self.units().detach())
+        assert self.table is not None
+        assert self.group_codes is not None
+        table = to_grid(self.table.detach().sort(dim=-1).values * GRID)
+        return QuantizedWeight(codes, scale, self.group_size, group_codes=self.group_codes.clone(), codebook=table)
+
+
+class NearestWeight(nn.Module):
+    """Latent weight and levels; codes are nearest levels, recomputed at every step."""
+
+    def __init__(self, q: QuantizedWeight, latent: Tensor, table: nn.Parameter | None = None):
+        super().__init__()
+        self.latent = nn.Parameter(latent.clone())
+        self.store = _LevelStore(q, table)
+
+    def forward(self) -> Tensor:
+        levels = self.store.scaled()
+        grouped = split_groups(self.latent, self.store.group_size)
+        with torch.no_grad():
+            codes = nearest_codes(grouped, levels)
+        return join_groups(_Select.apply(grouped, levels, codes), self.latent.shape[1])  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        """The trained weight as a value."""
+        codes = nearest_codes(split_groups(self.latent, self.store.group_size), self.store.scaled())
+        return self.store.quantized(join_groups(codes, self.latent.shape[1]).contiguous())
+
+
+class FrozenWeight(nn.Module):
+    """Fixed codes; levels, table and row scales learn."""
+
+    codes: Tensor
+
+    def __init__(self, q: QuantizedWeight, table: nn.Parameter | None = None):
+        super().__init__()
+        self.register_buffer("codes", q.codes)
+        self.store = _LevelStore(q, table)
+
+    def forward(self) -> Tensor:
+        levels = self.store.scaled()
+        grouped = split_groups(self.codes, self.store.group_size)
+        made = _Select.apply(None, levels, grouped)  # type: ignore[no-untyped-call]
+        return join_groups(made, self.codes.shape[1])
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        """The trained weight as a value."""
+        return self.store.quantized(self.codes.clone())
+
+
+class _Bits(torch.autograd.Function):
+    """eq. 3 with straight-through bits: `level[2 s + b]`; d/dW = 1, d/dG = difference of the two values s would select."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, bitmap: Tensor, levels: Tensor) -> Tensor:
+        low_bit = latent > midpoints(levels)[..., 0:1]
+        high_bit = latent > midpoints(levels)[..., 2:3]
+        value_low = torch.where(low_bit, levels[..., 1:2], levels[..., 0:1])
+        value_high = torch.where(high_bit, levels[..., 3:4], levels[..., 2:3])
+        s = bitmap > 0.5
+        ctx.save_for_backward(torch.where(s, 2 + high_bit.to(torch.uint8), low_bit.to(torch.uint8)), value_high - value_low)
+        return torch.where(s, value_high, value_low)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        codes, difference = ctx.saved_tensors
+        to_levels = torch.stack([(grad * (codes == c)).sum(-1) for c in range(4)], dim=-1)
+        return grad, grad * difference, to_levels
+
+
+class LatentBitmapWeight(nn.Module):
+    """The paper's parameterisation: latent W, latent bitmap G, and four levels paired low (s = 0) and high (s = 1)."""
+
+    unit: Tensor
+
+    def __init__(self, q: QuantizedWeight, latent: Tensor, soft: bool):
+        super().__init__()
+        real = group_levels(q) * q.row_scale[:, None, None]
+        self.group_size, self.columns = q.group_size, latent.shape[1]
+        self.register_buffer("unit", (q.row_scale * GRID)[:, None, None])
+        self.latent = nn.Parameter(latent.clone())
+        self.levels = nn.Parameter(real / self.unit)
+        self.bitmap = nn.Parameter(_initial_bitmap(split_groups(latent, q.group_size), real, soft))
+
+    def forward(self) -> Tensor:
+        grouped = split_groups(self.latent, self.group_size)
+        return join_groups(_Bits.apply(grouped, self.bitmap, self.levels * self.unit), self.columns)  # type: ignore[no-untyped-call]
+
+    def polarization(self, beta: float) -> Tensor:
+        """`mean(1 - |2 G - 1|^beta)`: zero where every bitmap entry has decided (eq. 6)."""
+        return (1 - (2 * self.bitmap.clamp(0, 1) - 1).abs().pow(beta)).mean()
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Keep G in [0, 1]."""
+        self.bitmap.clamp_(0, 1)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        """The trained weight as a value; levels that crossed are put in order and their codes renamed."""
+        grouped = split_groups(self.latent, self.group_size)
+        levels = self.levels * self.unit
+        mid = midpoints(levels)
+        high = 2 + (grouped > mid[..., 2:3]).to(torch.uint8)
+        codes = torch.where(self.bitmap > 0.5, high, (grouped > mid[..., 0:1]).to(torch.uint8))
+        ordered, order = levels.sort(dim=-1)
+        rank = order.argsort(dim=-1).to(torch.uint8)
+        codes = take_levels(rank, codes)
+        return from_real_levels(join_groups(codes, self.columns).contiguous(), ordered, self.group_size)
+
+
+def _initial_bitmap(grouped: Tensor, levels: Tensor, soft: bool) -> Tensor:
+    """G from the better pair: exactly 0 or 1, or softly by how much better it is (undecided near the boundary)."""
+    low = torch.minimum((grouped - levels[..., 0:1]).abs(), (grouped - levels[..., 1:2]).abs())
+    high = torch.minimum((grouped - levels[..., 2:3]).abs(), (grouped - levels[..., 3:4]).abs())
+    if not soft:
+        return (high < low).to(grouped.dtype)
+    gap = (low - high) / (low + high).clamp_min(1e-12)
+    return 0.5 + 0.5 * gap
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Learning rates by kind of parameter; kinds at 0 stay frozen."""
+
+    weight: float = 0.0
+    levels: float = 0.0
+    row_scale: float = 0.0
+    bitmap: float = 0.0
+    clips: float = 0.0
+    knees: float = 0.0
+
+
+class QuantLinear(nn.Module):
+    """A linear layer around one of the weight views."""
+
+    def __init__(self, weight: NearestWeight | FrozenWeight | LatentBitmapWeight, bias: Tensor | None):
+        super().__init__()
+        self.weight_view = weight
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(..., in)` -> `(..., out)`."""
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        return nn.functional.linear(x, self.weight_view(), bias)
+
+
+__all__ = ["GRID", "FrozenWeight", "LatentBitmapWeight", "LearningRates", "NearestWeight", "QuantLinear", "grid_ste"]

@@ -1,0 +1,58 @@
+"""KV4: keys and values in four bits.
+
+During generation the cache of keys and values grows with every token. Each (token, head) vector is stored as asymmetric
+4-bit codes with a float16 scale and a float16 minimum: `4 + 32 / head_dim` bits an element, 4.5 at head size 64. Keys are
+quantized after the rotary embedding, and the current token's own key and value pass through the same rounding, so what a
+model scores in one long pass is what it would score token by token.
+
+It is switched on by name: transformers looks attention functions up in a registry, `lbllm` is one of them, and it does
+nothing but round keys and values before handing over to the standard one. No model code is touched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "lbllm"
+STEPS = 15
+
+
+def fake_quantize_kv(x: Tensor) -> Tensor:
+    """Four-bit round trip of keys or values `(batch, heads, tokens, head_dim)`, same shape and type; straight-through gradient."""
+    wide = x.detach().float()
+    low = wide.amin(-1, keepdim=True).half().float()
+    scale = ((wide.amax(-1, keepdim=True) - low) / STEPS).half().float()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    made = ((wide - low) / scale).round().clamp(0, STEPS) * scale + low
+    return x + (made.to(x.dtype) - x.detach())
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    """Standard attention on keys and values as a 4-bit cache would return them, where the module asks for it."""
+    from transformers import AttentionInterface
+
+    if getattr(module, "kv_bits", 16) == 4:
+        key, value = fake_quantize_kv(key), fake_quantize_kv(value)
+    return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+def register() -> None:
+    """Make `attn_implementation="lbllm"` known to transformers; harmless to repeat."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def set_kv_bits(model: nn.Module, bits: int) -> None:
+    """Choose 4 or 16 bits for the cache of a whole transformers model, or of blocks that belong to one."""
+    register()
+    for module in model.modules():
+        if hasattr(module, "q_proj") and hasattr(module, "k_proj"):
+            module.kv_bits = bits  # type: ignore[assignment]
+            config: Any = module.config
+            config._attn_implementation = NAME

@@ -1,0 +1,83 @@
+"""Stage 3, activation-aware refinement (AAR): 4-bit activations on, codes frozen, a second shallow-to-deep sweep.
+
+Each site starts from clips that minimise its own quantization error on calibration inputs, found by a small search, then the
+block's levels, clips and knees are trained together against the teacher's output (arXiv 2604.19167, section on AAR). The 4-bit
+cache of keys and values, if the scheme has one, is on as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from lbllm_kernels.activation import ActFactors
+from torch import Tensor, nn
+
+from lbllm_core.config import ActQuantConfig, SchemeConfig
+from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob
+from lbllm_core.engine.train_block import TrainingPlan, train_block
+from lbllm_core.model.blocks import SITES, linears_of_site
+from lbllm_core.model.linear import LearningRates
+from lbllm_core.model.student import BlockState
+from lbllm_core.model.student_block import build_block, read_state
+from lbllm_core.quant.activation import fake_quantize
+
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)
+KNEES = (0.15, 0.25, 0.4, 0.55)
+SEARCH_TOKENS = 1024
+
+
+def learning_rates(config: ActQuantConfig) -> LearningRates:
+    """What learns, and how fast."""
+    levels, clips = config.trained in ("both", "levels"), config.trained in ("both", "clips")
+    return LearningRates(levels=config.lr_levels * levels, row_scale=config.lr_levels * levels, clips=config.lr_clips * clips, knees=config.lr_knees * clips)
+
+
+def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config: ActQuantConfig, seed: int) -> tuple[BlockState, dict[str, float]]:
+    """Stage 3 of one block: search factors, then train them with the levels."""
+    if scheme.act_bits == 4:
+        start = BlockState(linears=start.linears, norms=start.norms, biases=start.biases, sites=search_factors(job, start, scheme))
+    block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits)
+    plan = TrainingPlan(
+        rates=learning_rates(config), epochs=config.epochs, batch_size=config.batch_size, lr_final=config.lr_final, grad_clip=config.grad_clip, seed=seed
+    )
+    figures = train_block(block, job, plan)
+    return read_state(block, start), figures
+
+
+@torch.no_grad()
+def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig) -> dict[str, ActFactors]:
+    """Clips (and knees) of each site that lose least on a sample of its inputs, by grid search."""
+    samples = _site_inputs(job, build_block(job.teacher_block, BlockState(state.linears, state.norms, state.biases), "fixed", scheme.kv_bits))
+    knees = KNEES if scheme.act_variant == "piecewise" else (0.25,)
+    found = {}
+    for site, x in samples.items():
+        best, best_error = None, float("inf")
+        for clip, knee in itertools.product(CLIPS, knees):
+            number = [torch.tensor(v, device=x.device) for v in (clip, clip, knee, knee)]
+            error = float((fake_quantize(x, scheme.act_variant, *number, group_size=scheme.act_group_size) - x).square().sum())
+            if error < best_error:
+                best, best_error = (clip, clip, knee, knee), error
+        assert best is not None
+        found[site] = ActFactors(scheme.act_variant, *best, group_size=scheme.act_group_size if scheme.act_variant == "per_group" else 0)
+    return found
+
+
+def _site_inputs(job: BlockJob, block: nn.Module) -> dict[str, Tensor]:
+    """A sample of the inputs of each site, `(SEARCH_TOKENS, channels)`, first tokens left out."""
+    sequences = max(1, min(len(job.inputs), 2 * SEARCH_TOKENS // job.inputs.shape[1], TOKENS_A_PASS // job.inputs.shape[1]))
+    found: dict[str, Tensor] = {}
+    handles = []
+    for site in SITES:
+
+        def collect(_: nn.Module, arguments: tuple[Tensor, ...], site: str = site) -> None:
+            x = arguments[0][:, 1:].flatten(0, 1).float()
+            found[site] = x[:: max(1, len(x) // SEARCH_TOKENS)][:SEARCH_TOKENS].clone()
+
+        handles.append(block.get_submodule(linears_of_site(site)[0]).register_forward_pre_hook(collect))
+    try:
+        job.run(block, job.inputs[:sequences])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

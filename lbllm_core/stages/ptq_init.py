@@ -1,0 +1,171 @@
+"""Stage 1: codes and levels from calibration statistics alone, no gradients.
+
+Block by block, on the inputs that the already quantized prefix produces:
+
+1. run the block once and collect, at each of its four sites, `H = sum x x^T` and `max |x|`;
+2. fold smoothing into the weights and carry H along (`model/smoothing.py`);
+3. for the linears that share a site, fit levels (four-means, or a table of quadruples) and quantize column by column with
+   error compensation (`quant/error_compensation.py`). Their rows are stacked: same input, same H, one sweep.
+
+The importance of channel i in the level fit is `H_ii` (or `1 / [H^-1]_ii`). In codebook mode the linears of a site share one
+table: k and v projections are too small to pay for their own. Weights are handed on as compensated, because stage 2 starts
+from them: their nearest levels are exactly the codes chosen here.
+
+Source: BWA (arXiv 2504.05352), without its INT8 outlier channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_core.config import PtqInitConfig, SchemeConfig
+from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob
+from lbllm_core.errors import NumericalError
+from lbllm_core.model.blocks import NORMS, SITE_OF, SITES, linears_of, linears_of_site
+from lbllm_core.model.smoothing import SiteStatistics, smooth
+from lbllm_core.model.student import BlockState
+from lbllm_core.quant.error_compensation import inverse_factor, quantize_columns
+from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels
+from lbllm_core.quant.uniform import fit_affine, round_to_nearest
+from lbllm_core.quant.weight import GRID, QuantizedWeight, dequantize, from_real_levels, n_groups, snap, split_groups, to_grid
+
+
+@torch.no_grad()
+def collect_statistics(job: BlockJob) -> dict[str, SiteStatistics]:
+    """Second moments and maxima of the inputs of each site, over all of `job.inputs`; float32 on the job's device."""
+    sums: dict[str, Tensor] = {}
+    largest: dict[str, Tensor] = {}
+    tokens = 0
+
+    def hook(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def collect(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].detach().flatten(0, -2).float()
+            sums[site] = sums.get(site, 0) + x.T @ x
+            peak = x.abs().amax(0)
+            largest[site] = torch.maximum(largest[site], peak) if site in largest else peak
+
+        return collect
+
+    first = {site: linears_of_site(site)[0] for site in SITES}
+    handles = [job.teacher_block.get_submodule(path).register_forward_pre_hook(hook(site)) for site, path in first.items()]
+    try:
+        batch = max(1, TOKENS_A_PASS // job.inputs.shape[1])
+        for i in range(0, len(job.inputs), batch):
+            job.run(job.teacher_block, job.inputs[i : i + batch])
+            tokens += job.inputs[i : i + batch].shape[:2].numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site, h in sums.items():
+        if not bool(torch.isfinite(h).all()):
+            raise NumericalError(f"block {job.index}: the inputs of `{site}` are not finite; try hardware.compute_dtype=fp32 or other calibration text")
+    return {site: SiteStatistics(sums[site], largest[site], tokens) for site in SITES}
+
+
+@torch.no_grad()
+def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, seed: int) -> tuple[BlockState, dict[str, float]]:
+    """Stage 1 of one block. Figures: weighted relative error of each linear, and what the snap to int8 added."""
+    linears = linears_of(job.teacher_block)
+    statistics = collect_statistics(job)
+    head_dim = job.teacher_block.self_attn.head_dim  # type: ignore[union-attr]
+    weights, biases, norms, statistics = smooth(
+        {path: linear.weight.detach().float() for path, linear in linears.items()},
+        {path: linear.bias.detach().float() for path, linear in linears.items() if linear.bias is not None},
+        {name: job.teacher_block.get_submodule(name).weight.detach().float() for name in NORMS},  # type: ignore[union-attr, misc]
+        statistics,
+        config.smoothing_exponent,
+        int(head_dim),  # type: ignore[arg-type]
+    )
+    made: dict[str, QuantizedWeight] = {}
+    latents: dict[str, Tensor] = {}
+    figures: dict[str, float] = {}
+    for index, site in enumerate(SITES):
+        paths = linears_of_site(site)
+        stacked = torch.cat([weights[p] for p in paths])
+        generator = torch.Generator().manual_seed((seed * 1009 + job.index) * 10 + index)
+        quantized, latent = quantize_site(stacked, statistics[site].hessian, scheme, config, generator)
+        importance = statistics[site].hessian.diagonal()
+        start = 0
+        for path in paths:
+            rows = slice(start, start + weights[path].shape[0])
+            start = rows.stop
+            part = _rows(quantized, rows)
+            made[path], latents[path] = snap(part), latent[rows].clone()
+            error, snapped = (_relative_error(weights[path], dequantize(q), importance) for q in (part, made[path]))
+            figures[f"weight_error/{path}"] = snapped
+            figures[f"snap_error/{path}"] = snapped / max(error, 1e-30) - 1
+    order = {path: made[path] for path in SITE_OF}
+    return BlockState(linears=order, norms=norms, biases=biases, latents={path: latents[path] for path in SITE_OF}), figures
+
+
+def _relative_error(w: Tensor, made: Tensor, importance: Tensor) -> float:
+    return float(((w - made).square() * importance).sum() / (w.square() * importance).sum().clamp_min(1e-30))
+
+
+def _rows(q: QuantizedWeight, rows: slice) -> QuantizedWeight:
+    """Some rows of a stacked weight; explicit levels get their own row scales, a table stays shared."""
+    codes = q.codes[rows].contiguous()
+    if q.levels is not None:
+        return from_real_levels(codes, q.levels[rows] * q.row_scale[rows, None, None], q.group_size)
+    assert q.group_codes is not None
+    return QuantizedWeight(codes, q.row_scale[rows].clone(), q.group_size, group_codes=q.group_codes[rows].contiguous(), codebook=q.codebook)
+
+
+def quantize_site(w: Tensor, hessian: Tensor, scheme: SchemeConfig, config: PtqInitConfig, generator: torch.Generator) -> tuple[QuantizedWeight, Tensor]:
+    """Stacked rows that share an input: w `(out, in)`, hessian `(in, in)` -> quantized weight and compensated weights."""
+    upper = inverse_factor(hessian, config.damping) if config.error_compensation else None
+    importance = hessian.diagonal().clamp_min(0) / hessian.diagonal().mean().clamp_min(1e-12)
+    if config.fit_weight == "inverse_hessian" and upper is not None:
+        precision = 1 / upper.square().sum(0).clamp_min(1e-20)  # 1 / [H^-1]_ii, since H^-1 = U^T U
+        importance = precision / precision.mean()
+    if scheme.level_mode == "codebook":
+        return _with_codebook(w, upper, importance, scheme, config, generator)
+    return _with_explicit_levels(w, upper, importance, scheme, config)
+
+
+def _with_explicit_levels(w: Tensor, upper: Tensor | None, importance: Tensor, scheme: SchemeConfig, config: PtqInitConfig) -> tuple[QuantizedWeight, Tensor]:
+    levels = torch.empty(w.shape[0], n_groups(w.shape[1], scheme.group_size), 4, device=w.device)
+
+    def choose(columns: Tensor, first: int, group: int) -> Tensor:
+        h = importance[first : first + columns.shape[1]]
+        if config.method == "rtn":
+            made = round_to_nearest(columns)
+        elif scheme.level_family == "affine":
+            made = fit_affine(columns, h)
+        else:
+            made = fit_levels(columns, h, config.em_rounds, config.em_starts)
+        levels[:, group] = made
+        return made
+
+    codes, latent = quantize_columns(w, upper, scheme.group_size, choose)
+    return from_real_levels(codes, levels, scheme.group_size), latent
+
+
+def _with_codebook(
+    w: Tensor, upper: Tensor | None, importance: Tensor, scheme: SchemeConfig, config: PtqInitConfig, generator: torch.Generator
+) -> tuple[QuantizedWeight, Tensor]:
+    """Fit the table on a sample of groups, then let each group pick its entry on the compensated weights.
+
+    Rows are brought to unit root mean square first, so that one table serves all of them.
+    """
+    unit = w.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    grouped = split_groups(w / unit, scheme.group_size)
+    weight = split_groups(importance[None], scheme.group_size) * unit[:, :, None].square() / unit.square().mean()
+    flat, flat_weight = grouped.flatten(0, 1), weight.expand_as(grouped).flatten(0, 1)
+    sample = torch.randperm(len(flat), generator=generator)[: config.codebook_sample].to(w.device)
+    table = fit_codebook(flat[sample], flat_weight[sample], scheme.codebook_size, config.codebook_rounds, config.codebook_shortlist, generator, scheme.level_family == "affine")
+    table_unit = table.abs().max().clamp_min(1e-12) / GRID
+    table = to_grid(table / table_unit) * table_unit  # choose among entries as they will be stored
+    group_codes = torch.empty(w.shape[0], grouped.shape[1], dtype=torch.uint8, device=w.device)
+
+    def choose(columns: Tensor, first: int, group: int) -> Tensor:
+        entry = choose_entries(columns / unit, importance[first : first + columns.shape[1]], table, config.codebook_shortlist)
+        group_codes[:, group] = entry.to(torch.uint8)
+        return table[entry] * unit
+
+    codes, latent = quantize_columns(w, upper, scheme.group_size, choose)
+    row_scale = unit.squeeze(1) * table_unit
+    return QuantizedWeight(codes, row_scale, scheme.group_size, group_codes=group_codes, codebook=to_grid(table / table_unit)), latent
