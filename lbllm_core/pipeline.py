@@ -73,12 +73,12 @@ class PlannedStep:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A finished run: every planned step with its handle, in order, and the steps that were off with the reason."""
+class Finished:
+    """One finished step of a run: the table row it serves, its handle, and the minutes of work that are in it."""
 
-    config: RunConfig
-    steps: tuple[tuple[PlannedStep, Handle], ...]
-    skipped: Mapping[str, str]
+    row: str
+    handle: Handle
+    minutes: float
 
 
 def why_skipped(config: RunConfig) -> dict[str, str]:
@@ -124,8 +124,6 @@ def _measured(config: RunConfig, row: str, student: str) -> list[PlannedStep]:
 def baseline_steps(config: RunConfig, row: str) -> list[PlannedStep]:
     """The steps of a row beside the final one: stage 1 under `baseline_config`, packed (without a benchmark) and evaluated."""
     changed = baseline_config(config, row)
-    if changed.scheme == config.scheme and changed.ptq_init == config.ptq_init:
-        return [] if row == "stage1_explicit" else _measured(changed, row, "ptq_init")
     start = PlannedStep(f"{row}/ptq_init", SPECS["ptq_init"], changed, row)
     return [start, *_measured(changed, row, start.name)]
 
@@ -143,11 +141,10 @@ def baseline_config(config: RunConfig, row: str) -> RunConfig:
 def facts(spec: StepSpec, config: RunConfig, home: Path) -> dict[str, str]:
     """What a step's result depends on beside the config: the bytes of teacher and text, the device, the number type."""
     from lbllm_core.data.tokens import data_digest, evaluation_digest
-    from lbllm_core.engine.device import resolve
+    from lbllm_core.engine.hardware import resolve
     from lbllm_core.model.load import teacher_digest
 
-    place = resolve(config.hardware)
-    found = {"device": place.device.type, "compute dtype": place.dtype_name, "model weights": teacher_digest(config.model, home)}
+    found = resolve(config.hardware).describe() | {"model weights": teacher_digest(config.model, home)}
     if any(name.startswith("dataset.") for name in spec.fields):
         found["calibration text"] = data_digest(config.dataset)
     if any(name.startswith("evaluation.") for name in spec.fields):
@@ -155,13 +152,13 @@ def facts(spec: StepSpec, config: RunConfig, home: Path) -> dict[str, str]:
     return found
 
 
-def check_gate(config: RunConfig, teacher: Handle) -> None:
-    """Stop when the teacher does not score what the config expects: every later number would be measured against a wrong one.
+def check_gate(config: RunConfig, teacher: Handle) -> Handle:
+    """The teacher's handle, or GateError: stop when the teacher does not score what the config expects: every later number would be measured against a wrong one.
 
     A model cut to its first blocks is not the one that the expected values describe, so it has no gate.
     """
     if config.model.blocks:
-        return
+        return teacher
     wrong = []
     for name, expected in config.model.expected.items():
         measured = teacher.metrics.get(name)
@@ -172,3 +169,4 @@ def check_gate(config: RunConfig, teacher: Handle) -> None:
             f"teacher {config.model.name}: {'; '.join(wrong)} (tolerance {config.model.tolerance:.1%}). "
             "Check the weights and the evaluation data, or correct model.expected"
         )
+    return teacher
