@@ -1,0 +1,109 @@
+// The C interface of the CPU path: which instructions this machine has, how work is cut into threads.
+//
+// No torch headers: a plain shared object, called through ctypes (lbllm_kernels/cpu.py), which checks every shape before it
+// calls. Threads come from OpenMP, whose run-time torch has already loaded: one pool for both, no two pools spinning against
+// each other. Built without OpenMP, everything runs on the calling thread.
+#include <cstdint>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "lut8.h"
+
+#ifndef LUT8_SOURCE_DIGEST
+#define LUT8_SOURCE_DIGEST "unknown"
+#endif
+
+namespace {
+
+constexpr int kAvx2 = 1, kVnni = 2, kAmx = 4;
+constexpr int64_t kWorkPerThread = 1 << 18;  // products below which a second thread costs more than it brings
+
+// AMX needs the kernel's permission, once a process (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool allow_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+
+int detect() {
+  __builtin_cpu_init();
+  int found = 0;
+  if (__builtin_cpu_supports("avx2")) found |= kAvx2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+    found |= kVnni;
+    unsigned a = 7, b = 0, c = 0, d = 0;
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    if ((d >> 24 & 3) == 3 && allow_amx()) found |= kAmx;  // amx-tile, amx-int8
+  }
+  return found;
+}
+
+template <class Body>
+void parallel(int64_t items, int64_t align, int threads, const Body& body) {
+  const int64_t blocks = (items + align - 1) / align;
+  if (threads > blocks) threads = static_cast<int>(blocks);
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
+      const int64_t first = blocks * i / n * align, last = blocks * (i + 1) / n * align;
+      if (first < items && first < last) body(first, last < items ? last : items);
+    }
+    return;
+  }
+#endif
+  body(static_cast<int64_t>(0), items);
+}
+
+int useful_threads(int64_t work, int threads) {
+  const int64_t most = work / kWorkPerThread + 1;
+  return static_cast<int>(most < threads ? most : threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* lut8_source_digest() { return LUT8_SOURCE_DIGEST; }
+
+// Bits: 1 AVX2, 2 AVX-512 VNNI, 4 AMX int8.
+int lut8_features() {
+  static const int found = detect();
+  return found;
+}
+
+int lut8_has_openmp() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// x (m, in) floats -> q (m, stride) bytes, scale (m), zero (m). level: 1 AVX2, 2 AVX-512.
+void lut8_quantize(const float* x, int64_t m, int64_t in, int32_t top, float clip_max, float clip_min, float knee_low, float knee_high,
+                   uint8_t* q, int64_t stride, float* scale, int32_t* zero, int32_t interleave, int32_t level, int32_t threads) {
+  const lut8::Factors factors{top, clip_max, clip_min, knee_low, knee_high};
+  const auto run = level >= 2 ? lut8::quantize_avx512 : lut8::quantize_avx2;
+  parallel(m, 1, useful_threads(8 * m * in, threads),
+           [&](int64_t first, int64_t last) { run(x, in, factors, q, stride, scale, zero, interleave != 0, first, last); });
+}
+
+// Products of interleaved q; level 1 AVX2, 2 AVX-512, 3 AMX (q padded to whole blocks of 16 tokens). acc not null: raw sums only.
+void lut8_matmul(const lut8::Lut8Weight* w, const uint8_t* q, int64_t stride, int64_t m, const float* scale, const int32_t* zero,
+                 float* y, int32_t* acc, int32_t level, int32_t threads) {
+  const lut8::Product product{q, stride, m, scale, zero, y, acc};
+  const auto run = level >= 3 ? lut8::matmul_amx : level == 2 ? lut8::matmul_avx512 : lut8::matmul_avx2;
+  parallel(w->tiles, level >= 3 ? 2 : 1, useful_threads(m * w->out * w->in, threads),
+           [&](int64_t first, int64_t last) { run(*w, product, first, last); });
+}
+}
