@@ -88,12 +88,12 @@ def _train(model: Any, symbols: Tensor) -> Any:
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizer = torch.optim.AdamW(others, lr=LR_OTHER, betas=(0.9, 0.98), weight_decay=0.0)
     momenta = [torch.zeros_like(p) for p in matrices]
-    for step, batch in enumerate(symbols.split(BATCH)):
+    for step, batch in enumerate(torch.split(symbols, BATCH)):
         factor = min(1.0, (step + 1) / WARMUP) * max(0.02, 1.0 - step / STEPS)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         model.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = LR_OTHER * factor
@@ -114,7 +114,7 @@ def _matrix_step(matrices: list[Tensor], momenta: list[Tensor], lr: float) -> No
 def orthogonalize(matrix: Tensor) -> Tensor:
     """The matrix with its singular values near one: five steps of X <- aX + (bA + cA^2)X with A = X X^T."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+    x: Tensor = wide / (wide.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
