@@ -8,8 +8,8 @@
 cache with everything else. Nothing here knows how a step is executed: `run.py` walks the plan in this process, `flows/`
 gives each step to Prefect, and both end up with the same keys, hence the same artifacts.
 
-A step's `fields` must be complete (a field that is read but not named gives stale results) and minimal (one that is named
-but not read re-runs the step for nothing).
+A step is given only the fields it names (others are at their defaults, see `artifacts.visible`), so `fields` must be complete;
+it should be minimal too: one that is named but not read re-runs the step for nothing.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
     {
         spec.name: spec
         for spec in (
-            _spec("evaluate_teacher", *_MODEL, *_MEASURED, *_DATA),
+            _spec("evaluate_teacher", *_MODEL, *_MEASURED),
             _spec("ptq_init", *_MODEL, *_DATA, *_WEIGHTS, "ptq_init"),
             _spec("weight_distill", *_MODEL, *_DATA, *_WEIGHTS, "weight_distill"),
             _spec("act_quant", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "act_quant"),
             _spec("end_to_end", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "end_to_end"),
             _spec("pack_and_benchmark", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "pack"),
-            _spec("evaluate_model", *_MODEL, *_MEASURED, *_DATA, *_ACTIVATIONS),
+            _spec("evaluate_model", *_MODEL, *_MEASURED, *_ACTIVATIONS),
         )
     }
 )
@@ -152,13 +152,13 @@ def facts(spec: StepSpec, config: RunConfig, home: Path) -> dict[str, str]:
     return found
 
 
-def check_gate(config: RunConfig, teacher: Handle) -> Handle:
-    """The teacher's handle, or GateError: stop when the teacher does not score what the config expects: every later number would be measured against a wrong one.
+def check_gate(config: RunConfig, teacher: Handle | None) -> None:
+    """GateError when the teacher does not score what the config expects: every later number would be measured against a wrong one.
 
     A model cut to its first blocks is not the one that the expected values describe, so it has no gate.
     """
-    if config.model.blocks:
-        return teacher
+    if config.model.blocks or teacher is None:
+        return
     wrong = []
     for name, expected in config.model.expected.items():
         measured = teacher.metrics.get(name)
@@ -169,4 +169,3 @@ def check_gate(config: RunConfig, teacher: Handle) -> Handle:
             f"teacher {config.model.name}: {'; '.join(wrong)} (tolerance {config.model.tolerance:.1%}). "
             "Check the weights and the evaluation data, or correct model.expected"
         )
-    return teacher

@@ -19,6 +19,7 @@ What tasks exchange is the `Handle`, a small value; tensors stay on disk.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -27,7 +28,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,14 +38,15 @@ from filelock import FileLock, Timeout
 
 from lbllm_core.config import RunConfig, canonical_json, select
 from lbllm_core.engine.fingerprint import code_fingerprint
-from lbllm_core.engine.ledger import sha256_file, write_atomic
+from lbllm_core.engine.files import sha256_file, write_atomic
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import ArtifactError, NumericalError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-NOT_RESULTS = ("manifest.json", "prefect.json", "timing", "benchmark")  # file names that start so are not part of the digest
+NOT_RESULTS = ("manifest.json", "prefect.json", "timing", "benchmark", "damaged-")  # files whose names start so are not content
+ALWAYS_VISIBLE = ("experiment", "model.name", "dataset.name", "hardware")
 log = logging.getLogger(__name__)
 
 
@@ -77,6 +79,11 @@ def folder_of(home: Path, step: str, key: str) -> Path:
     return home / "artifacts" / step / key[:16]
 
 
+def home_folder() -> Path:
+    """The home folder that LBLLM_HOME names (`.lbllm` here when it is not set), made ready."""
+    return prepare_home(Path(os.environ.get("LBLLM_HOME") or ".lbllm"))
+
+
 def prepare_home(home: Path) -> Path:
     """The home folder, absolute and writable; an ArtifactError says why when it cannot be."""
     home = home.expanduser().absolute()
@@ -100,6 +107,24 @@ def key_parts(spec: StepSpec, config: RunConfig, inputs: Mapping[str, Handle], e
         "code": code_fingerprint(spec.code),
         "extra": dict(sorted(extra.items())),
     }
+
+
+def visible(config: RunConfig, fields: Iterable[str]) -> RunConfig:
+    """The config as a step sees it: the fields it names, every other one at its default.
+
+    So a field that a step reads but does not name cannot slip into a result past the key. Names, which appear in messages,
+    and the hardware, whose meaning here is part of `extra`, stay.
+    """
+    shown = select(config, [*fields, *ALWAYS_VISIBLE])
+    made: dict[str, Any] = {}
+    for spec in dataclasses.fields(config):
+        default = getattr(RunConfig(), spec.name)
+        if dataclasses.is_dataclass(default):
+            own = {name.partition(".")[2]: value for name, value in shown.items() if name.startswith(f"{spec.name}.")}
+            made[spec.name] = dataclasses.replace(default, **own)  # type: ignore[type-var]
+        elif spec.name in shown:
+            made[spec.name] = shown[spec.name]
+    return RunConfig(**made)
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -128,7 +153,7 @@ def run_step(
             folder.mkdir(parents=True, exist_ok=True)
             with _stopwatch(folder, report) as listener:
                 folders = {role: upstream.folder(home) for role, upstream in inputs.items()}
-                metrics = spec.run(StepContext(config, folders, folder, home, listener))
+                metrics = spec.run(StepContext(visible(config, spec.fields), folders, folder, home, listener))
             return _publish(folder, key, parts, inputs, metrics)
 
 

@@ -26,9 +26,11 @@ NEUTRAL = (
     "lbllm_core.run",
     "lbllm_core.engine",
     "lbllm_core.engine.artifacts",
+    "lbllm_core.engine.files",
     "lbllm_core.engine.fingerprint",
     "lbllm_core.engine.progress",
     "lbllm_core.engine.step",
+    "lbllm_core.engine.terminal",
     "lbllm_core.report",
 )
 

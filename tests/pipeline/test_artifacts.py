@@ -217,3 +217,17 @@ def test_busy_folder_is_left_alone(tmp_path: Path) -> None:
         assert folder.exists()
     artifacts.check_unless_busy(tmp_path, "fake", handle.key)
     assert not folder.exists()
+
+
+def test_step_sees_only_what_it_names(tmp_path: Path) -> None:
+    seen: list[RunConfig] = []
+
+    def look(context: StepContext) -> Metrics:
+        seen.append(context.config)
+        return {}
+
+    base = RunConfig(seed=7)
+    config = replace(base, scheme=replace(base.scheme, group_size=16, act_bits=16), model=replace(base.model, name="mine"))
+    run_step(replace(SPEC, run=look), config, {}, tmp_path)
+    assert (seen[0].seed, seen[0].scheme.group_size, seen[0].model.name) == (7, 16, "mine")
+    assert seen[0].scheme.act_bits == RunConfig().scheme.act_bits

@@ -1,0 +1,52 @@
+"""The flow `lbllm`: a language model goes in, a packed W(1+1)A4 model and its numbers come out.
+
+    prefect deployment run lbllm/full-pipeline                     the embedded default
+    prefect deployment run lbllm/full-pipeline -p model=tiny       another model; `overrides` takes any section.field=value
+
+Every step is cached by what it reads and goes on where it was killed (`tasks/step.py`). A step that the config leaves out
+hands its input on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.compose import compose
+from lbllm_core.engine.artifacts import home_folder
+from lbllm_core.pipeline import check_gate
+from tasks.act_quant import act_quant
+from tasks.end_to_end import end_to_end
+from tasks.evaluate_model import evaluate_model
+from tasks.evaluate_teacher import evaluate_teacher
+from tasks.pack_and_benchmark import pack_and_benchmark
+from tasks.ptq_init import ptq_init
+from tasks.result import publish
+from tasks.step import Run, prepare_logging
+from tasks.tracking import LabBook
+from tasks.weight_distill import weight_distill
+
+
+@flow(name="lbllm", flow_run_name="lbllm-{model}{experiment}")
+def lbllm(model: str = "", experiment: str = "", scheme: str = "", dataset: str = "", seed: int = 0, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Run the whole pipeline; empty choices mean those of the embedded default. Returns the rows of the result table."""
+    prepare_logging()
+    choices = {"model": model, "experiment": experiment, "scheme": scheme, "dataset": dataset, "seed": str(seed)}
+    config = compose([*(f"{key}={value}" for key, value in choices.items() if value), *(overrides or [])])
+    home = home_folder()
+    with LabBook(config, home) as book:
+        run = Run(config, home, book)
+        teacher = evaluate_teacher(run)
+        check_gate(config, teacher)
+        student = ptq_init(run)
+        student = weight_distill(run, student=student)
+        student = act_quant(run, student=student)
+        student = end_to_end(run, student=student)
+        packed = pack_and_benchmark(run, student=student)
+        evaluate_model(run, packed=packed, teacher=teacher)
+        for row in config.evaluation.baselines:
+            beside = run.beside(row)
+            packed = pack_and_benchmark(beside, student=ptq_init(beside))
+            evaluate_model(beside, packed=packed, teacher=teacher)
+        return publish(run, book)

@@ -1,0 +1,144 @@
+"""What the Makefile's targets do: `python -m flows.launch run|up|down|status [section.field=value ...]`.
+
+`run` checks the configuration before anything is started, finds or starts a Prefect server, runs the flow in this process,
+prints the result table and where to look next, and stops what it started. `up` and `down` start and stop the three
+background programs. Exit codes: 0, 1 for a failed run, 2 for a wrong configuration, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from flows import servers
+from lbllm_core.engine.artifacts import home_folder
+from lbllm_core.errors import LbllmError
+
+FLOW_PROCESS = ("-m", "flows.once")
+
+
+def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
+    """Run the flow once on the embedded default, or as the overrides say, in a process of its own.
+
+    The flow's process sends its last logs and events to the server when it ends, so it must end before the server does;
+    and if the system kills it for its memory, this one still cleans up.
+    """
+    from flows.compose import compose
+
+    config = compose(overrides)
+    memory, began = PeakMemory(), time.monotonic()
+    (home / "results").mkdir(exist_ok=True)
+    answer = home / "results" / f".of-process-{os.getpid()}.json"
+    with servers.prefect_for_this_run(home) as port:
+        command = [sys.executable, *FLOW_PROCESS, str(answer), *overrides]
+        code = subprocess.run(command, env=os.environ | servers.environment(home, port), check=False).returncode
+    if code or not answer.exists():
+        return code if code > 0 else 1
+    from flows.outcome import print_outcome, record_results
+
+    result = json.loads(answer.read_text(encoding="utf-8"))
+    answer.unlink()
+    seconds = time.monotonic() - began
+    print_outcome(result, home, seconds, memory.peak_gb())
+    if record is not None:
+        record_results(record, config, result, seconds, memory.peak_gb())
+    return 0
+
+
+def up(home: Path) -> int:
+    """Prefect's server, MLflow's page and the served deployment; what already runs is left as it is."""
+    with servers.one_at_a_time(home):
+        wanted = servers.prefect_port()
+        prefect = servers.running(home, "prefect")
+        if prefect and prefect.port != wanted:
+            raise servers.ServerError(f"a run of this home uses a Prefect server on port {prefect.port}; wait for its end, then `make up` starts one on {wanted}")
+        prefect = prefect or servers.start_prefect(home, "up", wanted)
+        servers.keep(home, "prefect")
+        mlflow = servers.running(home, "mlflow") or servers.start_mlflow(home, servers.mlflow_port())
+        if not servers.running(home, "deployment"):
+            servers.start_deployment(home, prefect.port)
+    print(f"Prefect   http://{servers.HOST}:{prefect.port}")
+    print(f"MLflow    http://{servers.HOST}:{mlflow.port}")
+    print("serving   lbllm/full-pipeline")
+    print()
+    prefix = Path(sys.executable).parent / "prefect"
+    shown = os.path.relpath(prefix) if prefix.is_relative_to(Path.cwd()) else prefix
+    print("From this folder (with .venv activated the first word is `prefect` alone):")
+    print(f"  {shown} deployment run lbllm/full-pipeline --watch")
+    print(f"  {shown} deployment run lbllm/full-pipeline -p model=tiny --watch")
+    print("Stop all three: make down")
+    return 0
+
+
+def down(home: Path) -> int:
+    """Stop what `up` started, nothing else."""
+    with servers.one_at_a_time(home):
+        for name in ("deployment", "mlflow", "prefect"):
+            print(f"{name}: {'stopped' if servers.stop(home, name) else 'was not running'}")
+    return 0
+
+
+def status(home: Path) -> int:
+    """What runs, and where."""
+    for name in ("prefect", "mlflow", "deployment"):
+        server = servers.running(home, name)
+        address = f" http://{servers.HOST}:{server.port}" if server and server.port else ""
+        print(f"{name}: {'runs' + address + f' (process {server.pid})' if server else 'not running'}")
+    return 0
+
+
+class PeakMemory:
+    """The largest resident memory of this process and all its children, sampled twice a second."""
+
+    def __init__(self) -> None:
+        self._peak = 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        root = psutil.Process()
+        while True:
+            total = 0
+            for process in [root, *root.children(recursive=True)]:
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:
+                    continue
+            self._peak = max(self._peak, total)
+            time.sleep(0.5)
+
+    def peak_gb(self) -> float:
+        """In units of 10^9 bytes."""
+        return self._peak / 1e9
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m flows.launch", description="Run LBLLM's flow, or its background programs.")
+    parser.add_argument("action", choices=("run", "up", "down", "status"))
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument("--record", type=Path, help="also write the measured times into this results file")
+    chosen = parser.parse_intermixed_args(arguments)
+    try:
+        home = home_folder()
+        if chosen.action == "run":
+            return run(home, chosen.overrides, chosen.record)
+        return {"up": up, "down": down, "status": status}[chosen.action](home)
+    except LbllmError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished blocks and steps are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""One run of the flow in this process: `python -m flows.once ANSWER.json [section.field=value ...]`.
+
+`make run` starts it (`flows/launch.py`) with the environment that Prefect and MLflow read. The result goes into the file;
+what goes wrong is a sentence and an exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flows.full_pipeline import lbllm
+from flows.serve import watch_heartbeats
+from lbllm_core.engine.files import write_atomic
+from lbllm_core.errors import LbllmError
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run and return the exit code."""
+    try:
+        watch_heartbeats()
+        result = lbllm(overrides=list(arguments[1:]))
+    except LbllmError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    write_atomic(Path(arguments[0]), json.dumps(result).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

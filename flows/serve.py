@@ -1,0 +1,57 @@
+"""Registers the deployment `lbllm/full-pipeline` and serves it: `python -m flows.serve` (started by `make up`).
+
+A served flow runs in a process of its own. When that process, or this one, is killed, the run would stay `Running` for
+ever; so every run sends a heartbeat, and an automation marks a run without one for 90 seconds as Crashed.
+`prefect flow-run retry` then finishes it from the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+
+from prefect.automations import Automation
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import EventTrigger, Posture
+
+from flows.full_pipeline import lbllm
+
+DEPLOYMENT = "full-pipeline"
+AUTOMATION = "lbllm: a run without a heartbeat has crashed"
+HEARTBEAT = "prefect.flow-run.heartbeat"
+SILENCE = timedelta(seconds=90)
+log = logging.getLogger(__name__)
+
+
+def watch_heartbeats() -> None:
+    """Create the automation on the server in use, once."""
+    try:
+        if Automation.read(name=AUTOMATION):
+            return
+    except ValueError:  # there is none of that name
+        pass
+    ended = {f"prefect.flow-run.{word}" for word in ("Completed", "Failed", "Cancelled", "Crashed")}
+    Automation(
+        name=AUTOMATION,
+        trigger=EventTrigger(
+            after={HEARTBEAT},
+            expect={HEARTBEAT, *ended},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=SILENCE,
+        ),
+        actions=[ChangeFlowRunState(name=None, force=False, state=StateType.CRASHED, message="no heartbeat for 90 seconds; retry continues from the finished steps")],
+    ).create()
+
+
+def main() -> None:
+    """Serve until stopped."""
+    watch_heartbeats()
+    lbllm.serve(name=DEPLOYMENT, description=(lbllm.__doc__ or "").strip(), print_starting_message=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""The background programs of a home folder: Prefect's server, MLflow's page, the served deployment.
+
+Each is a process group of its own, recorded in `$LBLLM_HOME/servers/<name>.json` with its id *and* its start time (an id
+alone may belong to someone else after a reboot). Stopping touches exactly what is recorded. A server that `make run` started
+for itself goes when the last run that uses it is gone, also when that run was killed; one of `make up` stays until `make down`.
+
+All listen on the loopback only. This module imports neither Prefect nor MLflow: both read their settings from the
+environment when they are imported, and `environment` is what they must find there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+from lbllm_core.engine.files import write_atomic
+from lbllm_core.errors import LbllmError
+
+HOST = "127.0.0.1"
+MLFLOW_PORT = 5226
+START_SECONDS = 180.0  # a fresh home migrates its database first
+SETTINGS = Path(__file__).resolve().parent.parent / "prefect.toml"
+
+
+class ServerError(LbllmError):
+    """A background program did not start, or its port is taken."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running background program: process id, its start time, port (0: none), and who keeps it (`up` or `run`)."""
+
+    name: str
+    pid: int
+    created: float
+    port: int
+    keeper: str
+
+    def alive(self) -> bool:
+        """True while this very process runs."""
+        return _alive(self.pid, self.created)
+
+
+def prefect_port() -> int:
+    """LBLLM_PREFECT_PORT, else the port in `prefect.toml`, which the bare `prefect` command uses."""
+    chosen = os.environ.get("LBLLM_PREFECT_PORT")
+    if chosen:
+        return int(chosen)
+    url = str(tomllib.loads(SETTINGS.read_text(encoding="utf-8"))["api"]["url"])
+    return int(url.rpartition(":")[2].partition("/")[0])
+
+
+def mlflow_port() -> int:
+    """LBLLM_MLFLOW_PORT, else ours."""
+    return int(os.environ.get("LBLLM_MLFLOW_PORT") or MLFLOW_PORT)
+
+
+def environment(home: Path, port: int) -> dict[str, str]:
+    """What Prefect, MLflow and the Hugging Face libraries must find in the environment."""
+    (home / "prefect").mkdir(parents=True, exist_ok=True)  # Prefect waits in vain for a nested home that does not exist
+    return {
+        "LBLLM_HOME": str(home),
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_CLI_PROMPT": "false",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "lbllm_core,tasks,flows",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "DO_NOT_TRACK": "true",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+@contextlib.contextmanager
+def prefect_for_this_run(home: Path) -> Iterator[int]:
+    """A Prefect server to run a flow on, as its port: the one that is up, else one of our own, stopped after its last user."""
+    users = home / "servers" / "users"
+    users.mkdir(parents=True, exist_ok=True)
+    mine = users / f"{os.getpid()}.json"
+    with _one_at_a_time(home):
+        server = running(home, "prefect") or start_prefect(home, "run", _free_port(prefect_port()))
+        write_atomic(mine, json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time()}).encode())
+    try:
+        yield server.port
+    finally:
+        with _one_at_a_time(home):
+            mine.unlink(missing_ok=True)
+            now = running(home, "prefect")
+            if now and now.keeper == "run" and not _live_users(users):
+                stop(home, "prefect")
+
+
+def start_prefect(home: Path, keeper: str, port: int) -> Server:
+    """Prefect's server, answering on `port`. Raises ServerError with the end of its log."""
+    command = ["-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    return start(home, "prefect", command, keeper, port, lambda: answers(f"http://{HOST}:{port}/api/health"))
+
+
+def start_mlflow(home: Path, port: int) -> Server:
+    """MLflow's page over the home's store, without its job runners: two processes instead of ten."""
+    artifacts = (home / "mlflow-artifacts").as_uri()
+    store = f"sqlite:///{home / 'mlflow.db'}"
+    options = ["--backend-store-uri", store, "--default-artifact-root", artifacts, "--host", HOST, "--port", str(port), "--workers", "1"]
+    return start(home, "mlflow", ["-m", "mlflow", "server", *options], "up", port, lambda: answers(f"http://{HOST}:{port}/health"))
+
+
+def start_deployment(home: Path, port: int) -> Server:
+    """The process that serves `lbllm/full-pipeline` on the Prefect server at `port`."""
+    url = f"http://{HOST}:{port}/api/deployments/name/lbllm/full-pipeline"
+    before = time.time()
+    return start(home, "deployment", ["-m", "flows.serve"], "up", 0, lambda: _registered_since(url, before), port)
+
+
+def start(home: Path, name: str, command: list[str], keeper: str, port: int, ready: Callable[[], bool], prefect: int | None = None) -> Server:
+    """Start `python <command>` in the background, record it, and wait until it is ready."""
+    if port and not _is_free(port):
+        raise ServerError(f"port {port}, where {name} would listen, is taken by another program; set LBLLM_{name.upper()}_PORT to a free one")
+    log = home / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    variables = os.environ | environment(home, prefect or port)
+    with log.open("ab") as stream:
+        process = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=variables, cwd=SETTINGS.parent, start_new_session=True)
+    server = Server(name, process.pid, psutil.Process(process.pid).create_time(), port, keeper)
+    _record(home, server)
+    deadline = time.monotonic() + START_SECONDS
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline:
+            stop(home, name)
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+            raise ServerError(f"{name} did not start; the end of {log}:\n{tail}")
+        time.sleep(0.3)
+    return server
+
+
+def running(home: Path, name: str) -> Server | None:
+    """The recorded program, if it is alive; a record of a dead one is removed."""
+    path = home / "servers" / f"{name}.json"
+    try:
+        server = Server(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    if server.alive():
+        return server
+    path.unlink(missing_ok=True)
+    return None
+
+
+def keep(home: Path, name: str) -> None:
+    """From now on the program belongs to `make up`, whoever started it."""
+    server = running(home, name)
+    if server:
+        _record(home, Server(**(asdict(server) | {"keeper": "up"})))
+
+
+def stop(home: Path, name: str) -> bool:
+    """Stop the recorded program and its children; True when there was one."""
+    server = running(home, name)
+    if server is None:
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(server.pid)
+        family = [process, *process.children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _, stubborn = psutil.wait_procs(family, timeout=15)
+        for member in stubborn:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(stubborn, timeout=5)
+    (home / "servers" / f"{name}.json").unlink(missing_ok=True)
+    return True
+
+
+def answers(url: str) -> bool:
+    """True when the address answers with success."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            return bool(200 <= reply.status < 300)
+    except (OSError, ValueError):
+        return False
+
+
+def _registered_since(url: str, since: float) -> bool:
+    from datetime import datetime
+
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            updated = str(json.loads(reply.read())["updated"])
+    except (OSError, ValueError, KeyError):
+        return False
+    return bool(datetime.fromisoformat(updated).timestamp() >= since - 1)
+
+
+def _record(home: Path, server: Server) -> None:
+    (home / "servers").mkdir(parents=True, exist_ok=True)
+    write_atomic(home / "servers" / f"{server.name}.json", json.dumps(asdict(server)).encode())
+
+
+def _alive(pid: int, created: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _live_users(users: Path) -> int:
+    count = 0
+    for path in users.glob("*.json"):
+        try:
+            user = json.loads(path.read_text(encoding="utf-8"))
+            alive = _alive(user["pid"], user["created"])
+        except (OSError, ValueError, KeyError):
+            alive = False
+        if alive:
+            count += 1
+        else:
+            path.unlink(missing_ok=True)
+    return count
+
+
+def _one_at_a_time(home: Path) -> FileLock:
+    (home / "servers").mkdir(parents=True, exist_ok=True)
+    return FileLock(home / "servers" / ".lock")
+
+
+def one_at_a_time(home: Path) -> FileLock:
+    """Held while programs of a home are started or stopped."""
+    return _one_at_a_time(home)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port(wanted: int) -> int:
+    """`wanted` when nobody listens there, else any free port: a run of its own needs no fixed address."""
+    if _is_free(wanted):
+        return wanted
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,239 @@
+"""What a run writes into MLflow, the lab book.
+
+One flat run a configuration, found again by its tag `lbllm.config`: a run that was killed goes on in the same row and ends
+as FINISHED. Metrics are buffered and sent in batches (one call costs as much as five hundred metrics). A name with a slash
+becomes a section of charts: `stage2/loss`, `eval/ppl_...`, `size/...`; rows beside the final one carry their own name in
+front.
+
+The lab book must never cost the run: every entry is kept until the store took it, in order and with its own time; what could
+not be delivered when the run ends lies in `$LBLLM_HOME/mlflow-pending/`, and the next run delivers it.
+
+Only this file writes to MLflow. The store is a sqlite file under the home folder; a server, when there is one, shows the
+same file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lbllm_core.config import SECTIONS, RunConfig, config_to_dict, digest, select
+from lbllm_core.engine.artifacts import MANIFEST
+from lbllm_core.engine.files import write_atomic
+from lbllm_core.engine.progress import Progress
+from lbllm_core.pipeline import Finished
+
+log = logging.getLogger(__name__)
+FLUSH_SECONDS = 10.0
+SECTION_OF = {
+    "evaluate_teacher": "eval",
+    "ptq_init": "stage1",
+    "weight_distill": "stage2",
+    "act_quant": "stage3",
+    "end_to_end": "stage4",
+    "pack_and_benchmark": "pack",
+    "evaluate_model": "eval",
+}
+
+
+def store_uri(home: Path) -> str:
+    """The tracking store of a home folder."""
+    return f"sqlite:///{home / 'mlflow.db'}"
+
+
+def artifact_uri(home: Path) -> str:
+    """Where MLflow keeps tables, plots and manifests of a home folder."""
+    return (home / "mlflow-artifacts").as_uri()
+
+
+@dataclasses.dataclass
+class Entries:
+    """What is to be written about one run: who it is, and the events that the store has not taken yet."""
+
+    experiment: str
+    config_digest: str
+    name: str
+    resume: bool = True
+    run_id: str = ""
+    events: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class LabBook:
+    """The MLflow row of one run; a context manager that ends it as FINISHED, FAILED or KILLED."""
+
+    def __init__(self, config: RunConfig, home: Path):
+        self.config, self.home, self.enabled = config, home, config.tracking.enabled
+        self.digest = digest(config, [f for f in ("experiment", "seed", *SECTIONS) if f != "tracking"])
+        self.entries = Entries(config.tracking.experiment, self.digest, f"{config.model.name}-{config.scheme.name}-{config.experiment}")
+        self._flushed = time.monotonic()
+        self._warned = False
+        self._row = FileLock(home / "runs" / f"{self.digest[:16]}.lock")
+
+    def __enter__(self) -> LabBook:
+        if self.enabled:
+            (self.home / "runs").mkdir(parents=True, exist_ok=True)
+            try:
+                self._row.acquire(timeout=0)
+            except Timeout:  # the same configuration runs in another process: it keeps its row, this run gets its own
+                self.entries.resume = False
+            _deliver_left_over(self.home)
+            self._first_page()
+            self.flush()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        status = "FINISHED" if kind is None else "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
+        if error is not None:
+            self._note("tags", {"lbllm.error": str(error)[:4000]})
+        self._note("status", status)
+        self.flush()
+        if self.entries.events:
+            _keep_for_later(self.home, self.entries)
+        self._row.release()
+
+    def progress(self, progress: Progress) -> None:
+        """A point on the step's curves; figures of single linears stay in the artifact."""
+        section = SECTION_OF.get(progress.step, progress.step)
+        self._metrics({f"{section}/{name}": value for name, value in progress.figures.items() if "/" not in name}, progress.done)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def finished(self, finished: Finished) -> None:
+        """A step's final figures; those of a reused step are written again, into this run."""
+        handle, row = finished.handle, finished.row
+        front = "" if row == "final" else f"{row}/"
+        self._metrics({f"{front}{SECTION_OF[handle.step]}/{name}": value for name, value in handle.metrics.items()})
+        self._metrics({f"{front}minutes/{handle.step}": finished.minutes})
+        self._note("tags", {f"lbllm.artifact.{front}{handle.step}".replace("/", "."): f"{handle.step}/{handle.key[:16]}"})
+        manifest = handle.folder(self.home) / MANIFEST
+        self._note("file", {"path": str(manifest), "folder": f"manifests/{front}{handle.step}"})
+        self.flush()
+
+    def text(self, name: str, content: str) -> None:
+        """A text file beside the run: the resolved config, the result table."""
+        self._note("text", {"name": name, "content": content})
+
+    def file(self, path: Path, folder: str = "") -> None:
+        """A file beside the run: a plot."""
+        self._note("file", {"path": str(path), "folder": folder})
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of this run; empty while the store has not taken anything."""
+        return self.entries.run_id
+
+    def flush(self) -> None:
+        """Send what is buffered. Trouble is reported once and the entries are kept."""
+        self._flushed = time.monotonic()
+        if not self.enabled:
+            self.entries.events.clear()
+            return
+        try:
+            deliver(self.home, self.entries)
+            self._warned = False
+        except Exception as error:
+            if not self._warned:
+                log.warning("MLflow's store does not answer (%s); the run goes on, its entries are kept and sent later", _brief(error))
+            self._warned = True
+
+    def _first_page(self) -> None:
+        c = self.config
+        fields = [f for f in ("experiment", "seed", *SECTIONS) if f != "tracking"]
+        default = select(RunConfig(), fields)
+        changed = {name: value for name, value in select(c, fields).items() if value != default[name] and not isinstance(value, dict)}
+        always = {"model.name": c.model.name, "scheme.name": c.scheme.name, "experiment": c.experiment, "seed": c.seed}
+        self._note("params", {name: _plain(value) for name, value in (changed | always).items()})
+        tags = {"lbllm.model": c.model.name, "lbllm.scheme": c.scheme.name, "lbllm.experiment": c.experiment, "lbllm.home": str(self.home)}
+        if c.tracking.sweep:
+            tags["lbllm.sweep"] = c.tracking.sweep
+        self._note("tags", tags)
+        self.text("config.json", json.dumps(config_to_dict(c), indent=1, sort_keys=True))
+
+    def _metrics(self, figures: dict[str, float], step: int = 0) -> None:
+        now = time.time_ns() // 1_000_000
+        self._note("metrics", [[name, float(value), now, step] for name, value in figures.items()])
+
+    def _note(self, kind: str, content: Any) -> None:
+        self.entries.events.append({"kind": kind, "content": content})
+
+
+def deliver(home: Path, entries: Entries) -> None:
+    """Write all events into the store and remove each that was taken. Raises whatever MLflow raises."""
+    if not entries.events:
+        return
+    import mlflow.entities as kinds
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store_uri(home))
+    if not entries.run_id:
+        entries.run_id = _find_or_create(client, entries, home)
+    events = entries.events
+    while events:
+        kind, content = events[0]["kind"], events[0]["content"]
+        taken = 1
+        if kind == "metrics":
+            while taken < len(events) and events[taken]["kind"] == "metrics":
+                taken += 1
+            points = [kinds.Metric(*point) for event in events[:taken] for point in event["content"]]
+            for i in range(0, len(points), 1000):  # the store's limit for one batch
+                client.log_batch(entries.run_id, metrics=points[i : i + 1000])
+        elif kind == "params":
+            client.log_batch(entries.run_id, params=[kinds.Param(*item) for item in content.items()])
+        elif kind == "tags":
+            client.log_batch(entries.run_id, tags=[kinds.RunTag(*item) for item in content.items()])
+        elif kind == "text":
+            client.log_text(entries.run_id, content["content"], content["name"])
+        elif kind == "file":
+            if Path(content["path"]).is_file():
+                client.log_artifact(entries.run_id, content["path"], content["folder"] or None)
+        elif kind == "status":
+            client.set_terminated(entries.run_id, content)
+        del events[:taken]
+
+
+def _find_or_create(client: Any, entries: Entries, home: Path) -> str:
+    found = client.get_experiment_by_name(entries.experiment)
+    experiment = found.experiment_id if found else client.create_experiment(entries.experiment, artifact_location=f"{artifact_uri(home)}/{entries.experiment}")
+    if entries.resume:
+        rows = client.search_runs([experiment], f"tags.`lbllm.config` = '{entries.config_digest}'", max_results=1)
+        if rows and rows[0].info.status != "FINISHED":
+            client.update_run(rows[0].info.run_id, status="RUNNING")
+            return str(rows[0].info.run_id)
+    made = client.create_run(experiment, run_name=entries.name, tags={"lbllm.config": entries.config_digest})
+    return str(made.info.run_id)
+
+
+def _keep_for_later(home: Path, entries: Entries) -> None:
+    folder = home / "mlflow-pending"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / f"{time.time_ns()}-{os.getpid()}.json", json.dumps(dataclasses.asdict(entries)).encode())
+        log.warning("MLflow's store did not take %d entries; they lie in %s and go in with the next run", len(entries.events), folder)
+
+
+def _deliver_left_over(home: Path) -> None:
+    for path in sorted((home / "mlflow-pending").glob("*.json")):
+        try:
+            entries = Entries(**json.loads(path.read_text(encoding="utf-8")))
+            deliver(home, entries)
+            path.unlink()
+        except Exception as error:
+            log.warning("entries of an earlier run in %s cannot go into MLflow yet (%s)", path, _brief(error))
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
