@@ -126,11 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=("run", "up", "down", "status"))
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--record", type=Path, help="also write the measured times into this results file")
+    parser.add_argument("--full", action="store_true", help="evaluate on complete splits (evaluation=full)")
     chosen = parser.parse_intermixed_args(arguments)
+    overrides = [*(["evaluation=full"] if chosen.full else []), *chosen.overrides]
     try:
         home = home_folder()
         if chosen.action == "run":
-            return run(home, chosen.overrides, chosen.record)
+            return run(home, overrides, chosen.record)
         return {"up": up, "down": down, "status": status}[chosen.action](home)
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)

