@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lbllm_kernels.activation import PIECEWISE_TOP, UNIFORM_TOP, ActFactors
 from lbllm_kernels.build import object_path, source_digest, source_folder
-from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight, group_words, row_sums
+from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight, count_groups, row_sums
 
 ROWS = 16  # rows of a tile
 CHUNK = 16  # channels of a lane
@@ -129,21 +129,49 @@ class CpuWeight:
         if why:
             raise ValueError(f"the CPU path does not take this weight: {why}")
         bias = packed.bias if bias is None else bias
-        self.out_features, self.in_features = packed.out_features, packed.in_features
-        self.codes = tile_codes(packed.codes, packed.in_features)
-        self.words = self.group_codes = self.codebook = None
+        words = group_codes = codebook = None
         if packed.levels is not None:
-            self.words = tile_groups(packed.levels)
+            words = tile_groups(packed.levels)
         elif packed.group_codes is not None and packed.codebook is not None:
-            self.group_codes = tile_groups(packed.group_codes)
-            self.codebook = torch.nn.functional.pad(packed.codebook, (0, MAX_CODEBOOK - packed.codebook.numel()))
-        tiles = self.codes.shape[0]
-        self.row_scale, self.row_sums = self._rows(packed.row_scale), self._rows(row_sums(packed))
-        self.bias = None if bias is None else self._rows(bias.to(torch.float32))
-        numbers = (packed.out_features, packed.in_features, packed.group_size, self.codes.shape[1], packed.n_groups, tiles)
-        tensors = (self.codes, self.words, self.group_codes, self.codebook, self.row_scale, self.row_sums, self.bias)
-        self._block = _Weight(*numbers, *[None if t is None else t.data_ptr() for t in tensors])
+            group_codes = tile_groups(packed.group_codes)
+            codebook = torch.nn.functional.pad(packed.codebook, (0, MAX_CODEBOOK - packed.codebook.numel()))
+        self._fill(
+            packed.in_features, packed.out_features, packed.group_size, tile_codes(packed.codes, packed.in_features), words, group_codes, codebook,
+            self._rows(packed.row_scale), self._rows(row_sums(packed)), None if bias is None else self._rows(bias.to(torch.float32)),
+        )  # fmt: skip
+
+    @classmethod
+    def from_layout(cls, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> CpuWeight:
+        """The same from tensors that are laid out already: codes, words, group_codes, codebook, row_scale, row_sums, bias."""
+        self = cls.__new__(cls)
+        self._fill(in_features, out_features, group_size, *tensors)
+        return self
+
+    def _fill(self, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> None:
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.codes, self.words, self.group_codes, self.codebook, self.row_scale, self.row_sums, self.bias = tensors
+        tiles, chunks, groups = self._check()
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        self._block = _Weight(out_features, in_features, group_size, chunks, groups, tiles, *pointers)
         self.address = ctypes.addressof(self._block)
+
+    def _check(self) -> tuple[int, int, int]:
+        """ValueError unless every tensor has the size that the C++ side will read; tiles, chunks, groups."""
+        tiles, chunks, groups = -(-self.out_features // ROWS), -(-self.in_features // CHUNK), count_groups(self.in_features, self.group_size)
+        rows = (tiles * ROWS,)
+        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "codes": (torch.int32, (tiles, chunks, ROWS)), "row_scale": (torch.float32, rows), "row_sums": (torch.int32, rows), "bias": (torch.float32, rows),
+            "words": (torch.int32, (tiles, groups, ROWS)), "group_codes": (torch.uint8, (tiles, groups, ROWS)), "codebook": (torch.int32, (MAX_CODEBOOK,)),
+        }  # fmt: skip
+        if (self.words is None) == (self.group_codes is None) or (self.group_codes is None) != (self.codebook is None):
+            raise ValueError("give either words, or group_codes with codebook")
+        for name, (dtype, shape) in wanted.items():
+            tensor = getattr(self, name)
+            if tensor is None and name not in ("codes", "row_scale", "row_sums"):
+                continue
+            if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device.type != "cpu":
+                raise ValueError(f"{name} must be a contiguous CPU tensor {dtype} {shape}")
+        return tiles, chunks, groups
 
     @staticmethod
     def _rows(values: Tensor) -> Tensor:
@@ -240,9 +268,3 @@ def accumulate(q: Tensor, weight: CpuWeight, level: int = 0) -> Tensor:
 def codes_in_order(tokens: CpuTokens) -> Tensor:
     """The codes of non-interleaved tokens as int8 `(M, in)` (tests and checks)."""
     return tokens.q[: tokens.tokens, : tokens.in_features].view(torch.int8)
-
-
-__all__ = [
-    "CpuTokens", "CpuWeight", "accumulate", "best_level", "codes_in_order", "group_words", "interleave", "library", "linear",
-    "padded_channels", "quantize", "tile_codes", "tile_groups", "unsupported",
-]  # fmt: skip

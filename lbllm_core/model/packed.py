@@ -1,0 +1,261 @@
+"""The packed model in memory: linears that hold 2-bit codes and run as one integer product, inside an ordinary transformers model.
+
+**Problem.** Inference must use exactly the numbers of the packed format (`kernels/README.md`): int8 levels, fp32 row scales, 4-bit
+activations with one scale and zero point a token. A decoder block keeps its shape; only its seven linears change class.
+
+**Equation** of `PackedLinear`:  `y = (s * row_scale) * (q W8^T - z * rowsum) + bias`,  `(q, s, z) = quantize(x)`.
+
+**Sites.** q, k and v read the same tensor, and so do gate and up: an `ActSite` quantizes it once. It remembers the result for the
+very tensor object it saw (a weak reference and the version counter, so neither a recycled object nor an in-place change can be
+mistaken for it) and forgets it as soon as every linear of the site has read it.
+
+**Precision.** Row scales, biases and activation factors stay fp32 whatever `.half()` or `.to(bfloat16)` is applied to the model: they
+are part of the format, not of the model's compute type.
+
+**Shapes.** `x (..., in)` -> `(..., out)` in x's dtype. Inference only: a gradient through it is refused, not silently zero.
+**Trade-off.** The fast path keeps its own layout beside the stored codes: 2 more bits a weight of memory, none on disk.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lbllm_kernels import dispatch, ops
+from lbllm_kernels.activation import ActFactors
+from lbllm_kernels.format import FORMAT_VERSION, FormatError, PackedWeight, count_groups, validate
+from torch import Tensor, nn
+
+from lbllm_core.errors import ArtifactError
+from lbllm_core.model.blocks import SITE_OF, SITES, Decoder, linears_of, linears_of_site
+
+QUANT_METHOD = "lbllm"
+FLOAT_BUFFERS = ("row_scale", "bias", "factors")
+
+
+@dataclass(frozen=True)
+class PackedScheme:
+    """What `quantization_config` in config.json says: all that decides shapes and arithmetic beside the tensors."""
+
+    group_size: int
+    level_mode: str  # "codebook" or "explicit"
+    codebook_size: int  # entries of every table (codebook mode)
+    act_bits: int
+    act_variant: str  # "uniform", "piecewise" or "none"
+    kv_bits: int
+    scheme: str = "w1p1a4"
+    weight_bits: int = 2
+    level_type: str = "s8"
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with `quant_method`."""
+        return {"quant_method": QUANT_METHOD, **vars(self)}
+
+
+def scheme_from_dict(values: dict[str, Any], where: str) -> PackedScheme:
+    """Read and check a `quantization_config`. Raises ArtifactError naming `where`, the key and what is allowed."""
+    version = values.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ArtifactError(f"{where}: quantization_config.format_version={version!r} is not a version; this is not a packed lbllm model")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(f"{where}: packed format version {version} is newer than {FORMAT_VERSION}, the newest this lbllm reads; upgrade lbllm")
+    rules: dict[str, Callable[[Any], bool]] = {
+        "group_size": lambda v: type(v) is int and v > 0 and v % 4 == 0,
+        "level_mode": lambda v: v in ("codebook", "explicit"),
+        "codebook_size": lambda v: type(v) is int and 0 <= v <= 256,
+        "act_bits": lambda v: v in (4, 16),
+        "act_variant": lambda v: v in ("uniform", "piecewise", "none"),
+        "kv_bits": lambda v: v in (4, 16),
+        "weight_bits": lambda v: v == 2,
+        "level_type": lambda v: v == "s8",
+        "scheme": lambda v: isinstance(v, str),
+    }
+    for key, rule in rules.items():
+        if key not in values or not rule(values[key]):
+            raise ArtifactError(f"{where}: quantization_config.{key}={values.get(key)!r} is not valid in packed format version {version}; the file is damaged")
+    scheme = PackedScheme(format_version=version, **{key: values[key] for key in rules})
+    if scheme.level_mode == "codebook" and scheme.codebook_size == 0:
+        raise ArtifactError(f"{where}: quantization_config.codebook_size=0 does not go with level_mode=codebook; the file is damaged")
+    return scheme
+
+
+@dataclass
+class _Memo:
+    source: weakref.ref[Tensor]
+    version: int
+    tokens: dispatch.Tokens
+    readers_left: int
+
+
+class ActSite(nn.Module):
+    """One input site of a block: its factors, fp32 `(4,)` = clip_max, clip_min, knee_low, knee_high, and the tokens in hand."""
+
+    factors: Tensor
+
+    def __init__(self, variant: str, readers: int, device: torch.device | str | None = None):
+        super().__init__()
+        self.variant, self.readers = variant, readers
+        self.register_buffer("factors", torch.tensor([1.0, 1.0, 0.25, 0.25], dtype=torch.float32, device=device))
+        self.values: ActFactors | None = None
+        self._memo: _Memo | None = None
+
+    def prepare(self) -> ActFactors:
+        """Read the factors out of the buffer. Raises FormatError when they are not valid."""
+        try:
+            self.values = ActFactors(self.variant, *self.factors.tolist())
+        except ValueError as error:
+            raise FormatError(f"factors: {error}") from error
+        self._memo = None
+        return self.values
+
+    def tokens(self, x: Tensor, choice: dispatch.Choice) -> dispatch.Tokens:
+        """The quantized tokens of `x`, computed at its first reader and shared with the others."""
+        values = self.values if self.values is not None else self.prepare()
+        memo = self._memo
+        tracked = not x.is_inference()
+        if tracked and memo is not None and memo.source() is x and memo.version == x._version:
+            memo.readers_left -= 1
+            if memo.readers_left <= 0:
+                self._memo = None
+            return memo.tokens
+        tokens = dispatch.quantize(x.reshape(-1, x.shape[-1]), values, choice)
+        if tracked and self.readers > 1:
+            self._memo = _Memo(weakref.ref(x), x._version, tokens, self.readers - 1)
+        return tokens
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ActSite:
+        self.values, self._memo = None, None
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _apply_keeping_fp32(self, before)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": None}
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in W(1+1): buffers by the names of the format. Built empty; filled by loading, then `prepare`d."""
+
+    codes: Tensor
+    row_scale: Tensor
+    levels: Tensor | None
+    group_codes: Tensor | None
+    codebook: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, scheme: PackedScheme, site: ActSite, bias: bool = False, device: Any = None):
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, scheme.group_size
+        self._site = (site,)  # in a tuple: the site is a module of the block, not of each of its readers
+        self._prepared: dispatch.Prepared | None = None
+        groups = count_groups(in_features, scheme.group_size)
+
+        def room(name: str, present: bool, dtype: torch.dtype, *shape: int) -> None:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device) if present else None)
+
+        coded = scheme.level_mode == "codebook"
+        room("codes", True, torch.uint8, out_features, -(-in_features // 4))
+        room("row_scale", True, torch.float32, out_features)
+        room("levels", not coded, torch.int32, out_features, groups)
+        room("group_codes", coded, torch.uint8, out_features, groups)
+        room("codebook", coded, torch.int32, scheme.codebook_size)
+        room("bias", bias, torch.float32, out_features)
+
+    @property
+    def site(self) -> ActSite:
+        return self._site[0]
+
+    def packed(self) -> PackedWeight:
+        """The tensors as a value of the format (not copied)."""
+        return PackedWeight(self.codes, self.row_scale, self.in_features, self.group_size, self.levels, self.group_codes, self.codebook, self.bias)
+
+    def prepare(self, name: str = "") -> dispatch.Prepared:
+        """Check the tensors and derive the layout of the path that dispatch chooses. Raises FormatError (prefixed by `name`)."""
+        values = self.site.values if self.site.values is not None else self.site.prepare()
+        self._prepared = dispatch.prepare(validate(self.packed(), name), values.variant)
+        return self._prepared
+
+    @property
+    def prepared(self) -> dispatch.Prepared:
+        """The prepared weight: what `forward` runs with."""
+        return self._prepared if self._prepared is not None else self.prepare()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., in)` -> `(..., out)`, same dtype."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("a packed linear is for inference only: call the model under torch.no_grad()")
+        prepared = self._prepared if self._prepared is not None else self.prepare()
+        site = self._site[0]
+        values = site.values if site.values is not None else site.prepare()
+        if prepared.fast is not None and torch.compiler.is_compiling():
+            return ops.linear(x, prepared.fast, values)
+        tokens = None if values.variant == "none" else site.tokens(x, prepared.choice)
+        return dispatch.linear(x, prepared, values, tokens)
+
+    def extra_repr(self) -> str:
+        mode = "explicit levels" if self.levels is not None else "codebook"
+        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, {mode}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        self._prepared = None
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _apply_keeping_fp32(self, before)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
+
+
+def _apply_keeping_fp32(module: nn.Module, before: dict[str, Tensor | None]) -> None:
+    """Undo a change of number type that `nn.Module._apply` made to fp32 buffers; a change of device stays."""
+    for name in FLOAT_BUFFERS:
+        old = before.get(name)
+        new = module._buffers.get(name)
+        if old is not None and new is not None and new.dtype != torch.float32:
+            module._buffers[name] = old.to(new.device)
+
+
+def install_packed_linears(model: nn.Module, scheme: PackedScheme) -> None:
+    """Replace the seven linears of every block of a (usually meta-device) transformers model by empty packed ones, in place.
+
+    Each block gets `act_sites`, one `ActSite` a site. Raises ModelError when the model is not built like Llama.
+    """
+    for block in Decoder(model).blocks:
+        device = next(block.parameters()).device
+        variant = scheme.act_variant if scheme.act_bits < 16 else "none"
+        sites = {site: ActSite(variant, len(linears_of_site(site)), device) for site in SITES}
+        for path, linear in linears_of(block).items():
+            packed = PackedLinear(linear.in_features, linear.out_features, scheme, sites[SITE_OF[path]], linear.bias is not None, device)
+            parent, _, leaf = path.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, packed)
+        block.act_sites = nn.ModuleDict(sites)
+
+
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """Every packed linear of a model with its name, in order."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module
+
+
+def finalize(model: nn.Module, where: str) -> None:
+    """After the tensors are in: check each packed linear, derive its layout, freeze the rest. Raises ArtifactError naming `where`."""
+    try:
+        for module in model.modules():
+            if isinstance(module, ActSite):
+                module.prepare()
+        for name, linear in packed_linears(model):
+            linear.prepare(name)
+    except FormatError as error:
+        raise ArtifactError(f"{where} breaks the packed format: {error}; the file is damaged, pack the model again") from error
+    model.requires_grad_(False)

@@ -1,0 +1,283 @@
+"""The packed model on disk: a folder that any machine loads without code of its own.
+
+    config.json          the transformers configuration, with `quantization_config` = {"quant_method": "lbllm", "format_version": 1, ...}
+    model.safetensors    packed linears by the names of the format, sites, norms, embedding, head (a tied one once)
+    tokenizer files, generation_config.json
+
+**Names.** `<block>.<linear>.codes | row_scale | levels | group_codes | codebook | bias`, `<block>.act_sites.<site>.factors` (fp32:
+clip_max, clip_min, knee_low, knee_high), everything else as transformers calls it.
+
+**What is not a packed linear** is stored in the narrowest type that holds it: fp16 or bf16 where every value survives exactly, fp16 for
+an embedding or head whose rounding error lies more than 60 dB below its values (SmolLM2's dequantized embedding: 73.8 dB, which
+moves the teacher's logits by 68 dB), fp32 otherwise. Norms are never rounded.
+
+**Trust.** Nothing in the folder is run: JSON and safetensors only. Names, types and shapes of the file are compared with what
+config.json asks for before a tensor is used; a difference is an ArtifactError that names it.
+**Determinism.** The same model gives the same bytes: tensors in a fixed order, no time stamps.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lbllm_kernels.format import pack_codes, pack_levels
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lbllm_core.config import SchemeConfig
+from lbllm_core.errors import ArtifactError, ModelError
+from lbllm_core.model.blocks import SITE_OF, SITES, Decoder
+from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
+from lbllm_core.model.student import BlockState
+from lbllm_core.quant.bits import Bits, add, linear_bits
+from lbllm_core.quant.kv_cache import set_kv_bits
+from lbllm_core.quant.weight import QuantizedWeight, snap
+
+WEIGHTS = "model.safetensors"
+ROUNDING_SQNR_DB = 60.0
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What packing made: bits of the linears by item, bytes of the tensors by part, bytes of the whole folder, teacher bytes."""
+
+    bits: Bits
+    tensor_bytes: Mapping[str, int]  # linears, sites, norms, embedding, head
+    folder_bytes: int
+    teacher_bytes: int  # the teacher's parameters in fp32, tied ones once
+    rounded: Mapping[str, float]  # tensors stored in fp16 with a rounding error: name -> SQNR in dB
+
+    def metrics(self) -> dict[str, float]:
+        """Plain figures for a log."""
+        made: dict[str, float] = {"effective_bpw": self.bits.effective_bpw, "packed_bytes": self.folder_bytes, "teacher_fp32_bytes": self.teacher_bytes}
+        made |= {f"bpw_{name}": value for name, value in self.bits.per_weight().items()}
+        made |= {f"bytes_{name}": value for name, value in self.tensor_bytes.items()}
+        made["compression"] = self.teacher_bytes / self.folder_bytes
+        return made
+
+
+def packed_scheme(scheme: SchemeConfig) -> PackedScheme:
+    """The packed form of a configured scheme. Raises ModelError for what the format cannot carry."""
+    if scheme.weight_bits != 2:
+        raise ModelError(f"scheme.weight_bits={scheme.weight_bits}: only 2-bit weights can be packed")
+    if scheme.act_bits < 16 and scheme.act_variant == "per_group":
+        raise ModelError("scheme.act_variant=per_group is emulated only and has no packed form; choose uniform or piecewise, or scheme.act_bits=16")
+    return PackedScheme(
+        group_size=scheme.group_size,
+        level_mode=scheme.level_mode,
+        codebook_size=scheme.codebook_size if scheme.level_mode == "codebook" else 0,
+        act_bits=scheme.act_bits,
+        act_variant=scheme.act_variant if scheme.act_bits < 16 else "none",
+        kv_bits=scheme.kv_bits,
+        scheme=scheme.name,
+    )
+
+
+def weight_tensors(weight: QuantizedWeight, entries: int) -> dict[str, Tensor]:
+    """The format's tensors of one linear; levels are snapped to the int8 grid, a table is padded with zeros to `entries`."""
+    weight = snap(weight)
+    made = {"codes": pack_codes(weight.codes.cpu()), "row_scale": weight.row_scale.detach().float().cpu()}
+    if weight.levels is not None:
+        made["levels"] = pack_levels(weight.levels.detach().cpu().to(torch.int16))
+    else:
+        assert weight.codebook is not None
+        assert weight.group_codes is not None
+        words = pack_levels(weight.codebook.detach().cpu().to(torch.int16))
+        made["codebook"] = nn.functional.pad(words, (0, entries - words.numel()))
+        made["group_codes"] = weight.group_codes.cpu()
+    return made
+
+
+def block_tensors(state: BlockState, scheme: PackedScheme, biases: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of one block that packing changes, by name inside the block. `biases` are the teacher's, where it has any."""
+    made: dict[str, Tensor] = {}
+    for path in SITE_OF:
+        made |= {f"{path}.{name}": t for name, t in weight_tensors(state.linears[path], scheme.codebook_size).items()}
+        bias = state.biases.get(path, biases.get(path))
+        if bias is not None:
+            made[f"{path}.bias"] = bias.detach().float().cpu()
+    for site in SITES:
+        f = state.sites.get(site)
+        if f is None and scheme.act_bits < 16:
+            raise ModelError(f"the student has no activation factors for site {site}; run the act_quant step, or choose scheme.act_bits=16")
+        numbers = [1.0, 1.0, 0.25, 0.25] if f is None else [f.clip_max, f.clip_min, f.knee_low, f.knee_high]
+        made[f"act_sites.{site}.factors"] = torch.tensor(numbers, dtype=torch.float32)
+    return made | {f"{norm}.weight": narrow(weight.detach().cpu())[0] for norm, weight in state.norms.items()}
+
+
+def narrow(tensor: Tensor, may_round: bool = False) -> tuple[Tensor, float | None]:
+    """The tensor in the narrowest float type that holds it, and the SQNR in dB when that rounds (only if `may_round`)."""
+    wide = tensor.float()
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(wide.to(dtype).float(), wide):
+            return wide.to(dtype), None
+    if may_round:
+        half = wide.half()
+        noise = (half.double() - wide.double()).square().sum()
+        db = float(10 * torch.log10(wide.double().square().sum() / noise))
+        if db > ROUNDING_SQNR_DB and bool(torch.isfinite(half).all()):
+            return half, db
+    return wide, None
+
+
+def pack_student(teacher: nn.Module, blocks: Iterable[BlockState], folder: Path, scheme: SchemeConfig, tokenizer: Any = None) -> PackReport:
+    """Write the packed folder of a student; `blocks` in order (a generator keeps one block in memory at a time).
+
+    Levels are snapped to the int8 grid here. Raises ModelError when teacher and blocks do not fit together.
+    """
+    form, view = packed_scheme(scheme), Decoder(teacher)
+    names = {id(module): name for name, module in teacher.named_modules()}
+    tensors: dict[str, Tensor] = {}
+    bills: list[Bits] = []
+    replaced: set[str] = set()
+    count = 0
+    for block, state in zip(view.blocks, blocks, strict=False):
+        prefix = names[id(block)]
+        linears = {path: block.get_submodule(path) for path in SITE_OF}
+        biases = {path: m.bias for path, m in linears.items() if isinstance(m.bias, Tensor)}
+        tensors |= {f"{prefix}.{name}": t.contiguous() for name, t in block_tensors(state, form, biases).items()}
+        bills += [linear_bits(q.codes.shape[0], q.codes.shape[1], q.group_size, form.codebook_size) for q in state.linears.values()]
+        replaced |= {f"{prefix}.{path}.{leaf}" for path in SITE_OF for leaf in ("weight", "bias")}
+        count += 1
+    if count != len(view.blocks):
+        raise ModelError(f"the student has {count} blocks, the teacher {len(view.blocks)}; pack a finished student of this teacher")
+    rounded = _add_other_tensors(teacher, view, tensors, replaced)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    _write_config(teacher, form, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return PackReport(
+        bits=add(bills),
+        tensor_bytes=_bytes_by_part(tensors, view),
+        folder_bytes=sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
+        teacher_bytes=4 * sum(p.numel() for p in teacher.parameters()),
+        rounded=rounded,
+    )
+
+
+def _add_other_tensors(teacher: nn.Module, view: Decoder, tensors: dict[str, Tensor], replaced: set[str]) -> dict[str, float]:
+    """Embedding, norms, head as they are; returns what was rounded. A head tied to the embedding is left out."""
+    big = {id(view.base.embed_tokens.weight), id(view.head.weight)}
+    rounded: dict[str, float] = {}
+    for name, parameter in teacher.named_parameters():  # lists a shared parameter once, under its first name
+        if name in replaced or name in tensors:
+            continue
+        tensors[name], db = narrow(parameter.detach().cpu(), may_round=id(parameter) in big)
+        if db is not None:
+            rounded[name] = db
+    return rounded
+
+
+def _write_config(teacher: nn.Module, form: PackedScheme, folder: Path) -> None:
+    config: Any = copy.deepcopy(teacher.config)
+    config.quantization_config = form.to_dict()
+    config.architectures = [type(teacher).__name__]
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    generation = getattr(teacher, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def _bytes_by_part(tensors: Mapping[str, Tensor], view: Decoder) -> dict[str, int]:
+    parts = {"linears": 0, "sites": 0, "norms": 0, "embedding": 0, "head": 0}
+    for name, t in tensors.items():
+        inside_linear = any(f".{path}." in name for path in SITE_OF)
+        part = "sites" if ".act_sites." in name else "linears" if inside_linear else "embedding" if "embed_tokens" in name else "head" if name.startswith("lm_head") else "norms"
+        parts[part] += t.numel() * t.element_size()
+    return parts
+
+
+def read_scheme(folder: Path) -> PackedScheme:
+    """The packed scheme of a folder. Raises ArtifactError when it is not a packed model or is damaged."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder} holds no config.json: it is not a packed model") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({type(error).__name__}); the file is damaged") from error
+    found = values.get("quantization_config") if isinstance(values, dict) else None
+    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
+        raise ArtifactError(f"{path} has no quantization_config with quant_method {QUANT_METHOD!r}: it is not a packed lbllm model")
+    return scheme_from_dict(found, str(path))
+
+
+def load_packed(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """A transformers causal LM in fp32 with packed linears, in eval mode, KV bits set. Raises ArtifactError for a folder that lies."""
+    scheme = read_scheme(folder)
+    model = _skeleton(folder, scheme)
+    tensors = read_tensors(folder / WEIGHTS, expected_tensors(model))
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor.to(device)
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor.to(torch.float32).to(device), requires_grad=False)
+    model.tie_weights()
+    finalize(model, str(folder / WEIGHTS))
+    if scheme.kv_bits == 4:
+        set_kv_bits(model, 4)
+    return model.eval()
+
+
+def _skeleton(folder: Path, scheme: PackedScheme) -> Any:
+    """The model without weights (meta device), with packed linears; rotary tables, which no file holds, are made for real."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        install_packed_linears(model, scheme)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, ModelError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"{folder}/config.json does not describe a model that lbllm packs ({first})") from error
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def expected_tensors(model: Any) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """What the weights file must hold for a skeleton: name -> (type, or None for any float type, shape); a tied head is left out."""
+    tied = set(model.all_tied_weights_keys)
+    wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        if name not in tied:
+            wanted[name] = (None if isinstance(t, nn.Parameter) else t.dtype, tuple(t.shape))
+    return wanted
+
+
+def read_tensors(path: Path, wanted: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """The tensors of a weights file when names, types and shapes are the wanted ones; otherwise ArtifactError naming the first fault."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
+            for name in sorted(wanted.keys() ^ present):
+                raise ArtifactError(f"{path}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}; config.json and weights do not belong together")
+            for name, (_, shape) in wanted.items():
+                found = tuple(file.get_slice(name).get_shape())
+                if found != shape:
+                    raise ArtifactError(f"{path}: tensor {name} has shape {found}, config.json asks for {shape}")
+            tensors = {name: file.get_tensor(name) for name in sorted(wanted)}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is missing; the packed model is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); it is truncated or damaged, pack the model again") from error
+    for name, (dtype, _) in wanted.items():
+        actual = tensors[name].dtype
+        if actual != dtype if dtype is not None else not actual.is_floating_point:
+            raise ArtifactError(f"{path}: tensor {name} has type {actual}, the packed format asks for {dtype or 'a float type'}")
+        if dtype is None and not bool(torch.isfinite(tensors[name]).all()):
+            raise ArtifactError(f"{path}: tensor {name} holds NaN or infinity; the file is damaged, pack the model again")
+    return tensors
