@@ -70,7 +70,7 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The result table as Markdown."""
-    return _markdown(table_cells(rows))
+    return markdown(table_cells(rows))
 
 
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -82,7 +82,7 @@ def steps_table(finished: Sequence[Finished]) -> str:
     """Minutes a step, as Markdown; work that an earlier run did counts, and is marked."""
     lines = [["step", "row", "minutes", ""]]
     lines += [[f.handle.step, f.row, f"{f.minutes:.2f}", "reused" if f.handle.reused else ""] for f in finished]
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def steps_plain(finished: Sequence[Finished]) -> str:
@@ -91,7 +91,8 @@ def steps_plain(finished: Sequence[Finished]) -> str:
     return aligned(lines + [[f.handle.step, f.row, f"{f.minutes:.2f}", "reused" if f.handle.reused else ""] for f in finished])
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Text cells as a Markdown table; the first line is its head."""
     head, *rest = lines
     rule = "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"
     return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(line) + " |" for line in rest)]) + "\n"

@@ -1,0 +1,98 @@
+"""The tables of README.md and docs/, generated from `results/*.json`: `python -m lbllm_core.report.pages README.md docs`.
+
+A page holds `<!-- table: NAME -->` ... `<!-- end -->`; what stands between is replaced. Numbers are never typed by hand: a
+command measured them and wrote a results file (schema: command, commit, date, device, versions, records), and the line under
+each table says which. A table whose results are not there says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lbllm_core.engine.files import write_atomic
+from lbllm_core.errors import DataError
+from lbllm_core.report.summary import markdown, markdown_table
+
+RESULTS = Path("results")
+_SLOT = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A results file. Raises DataError when it is absent or of another schema."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); the command that measures it writes it") from None
+    if content.get("schema") != 1:
+        raise DataError(f"{path} has schema {content.get('schema')!r}; this version reads 1")
+    return content
+
+
+def rows_of(records: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, Any]]:
+    """Result-table rows of a model: `{'row': name, figure: value, ...}`, in the order in which they were written."""
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record.get("model") == model and "row" in record and "step" not in record:
+            rows.setdefault(record["row"], {"row": record["row"]})[record["name"]] = record["value"]
+    return list(rows.values())
+
+
+def pipeline_table(content: Mapping[str, Any]) -> str:
+    """The table of `make run`: rows teacher, baselines, final."""
+    return markdown_table(rows_of(content["records"], "smollm2_135m"))
+
+
+def times_table(content: Mapping[str, Any]) -> str:
+    """Minutes a step of that run, with the total and the peak of memory."""
+    mine = [r for r in content["records"] if r.get("model") == "smollm2_135m"]
+    lines = [["step", "row", "minutes"]]
+    lines += [[r["step"], r["row"], f"{r['value'] / 60:.2f}" + (" (reused)" if r.get("reused") else "")] for r in mine if r["name"] == "step_s"]
+    lines += [["total", "", f"{r['value'] / 60:.1f}"] for r in mine if r["name"] == "total_s"]
+    peak = "".join(f"\nPeak memory of all processes: {r['value']:.1f} GB.\n" for r in mine if r["name"] == "peak_gb")
+    return markdown(lines) + peak
+
+
+Table = Callable[[Mapping[str, Any]], str]
+TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
+    {"pipeline": ("pipeline_cpu.json", pipeline_table), "pipeline_times": ("pipeline_cpu.json", times_table)}
+)
+
+
+def render(name: str, results: Path = RESULTS) -> str:
+    """One table with its source line. Raises DataError for a name that has no table."""
+    if name not in TABLES:
+        raise DataError(f"there is no table {name!r}; tables: {', '.join(TABLES)}")
+    file, table = TABLES[name]
+    if not (results / file).exists():
+        return f"_Not measured yet: `results/{file}` is not there._\n"
+    content = read_results(results / file)
+    source = f"`{content['command']}`, commit `{content['commit'][:12]}`, {content['date'][:10]}, {content['device']}, torch {content['versions']['torch']}"
+    return f"{table(content)}\n_{source}; from `results/{file}`._\n"
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """A page with its tables replaced."""
+    return _SLOT.sub(lambda slot: slot[1] + render(slot[2], results) + slot[3], text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Fill the pages that are named; folders mean their `.md` files. Prints those that changed."""
+    named = [Path(a) for a in arguments]
+    pages = [p for path in named for p in (sorted(path.rglob("*.md")) if path.is_dir() else [path])]
+    for page in pages:
+        before = page.read_text(encoding="utf-8")
+        after = fill(before)
+        if after != before:
+            write_atomic(page, after.encode())
+            print(f"{page} updated")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
