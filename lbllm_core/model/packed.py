@@ -256,6 +256,9 @@ def finalize(model: nn.Module, where: str) -> None:
                 module.prepare()
         for name, linear in packed_linears(model):
             linear.prepare(name)
+        for name, parameter in model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise FormatError(f"{name}: holds NaN or infinity")
     except FormatError as error:
         raise ArtifactError(f"{where} breaks the packed format: {error}; the file is damaged, pack the model again") from error
     model.requires_grad_(False)

@@ -258,26 +258,39 @@ def expected_tensors(model: Any) -> dict[str, tuple[torch.dtype | None, tuple[in
     return wanted
 
 
-def read_tensors(path: Path, wanted: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> dict[str, Tensor]:
-    """The tensors of a weights file when names, types and shapes are the wanted ones; otherwise ArtifactError naming the first fault."""
+Header = Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]
+TYPES = {"U8": torch.uint8, "I32": torch.int32, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_header(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """Types (None: one the format never uses) and shapes in a weights file. Raises ArtifactError when it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            for name in sorted(wanted.keys() ^ present):
-                raise ArtifactError(f"{path}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}; config.json and weights do not belong together")
-            for name, (_, shape) in wanted.items():
-                found = tuple(file.get_slice(name).get_shape())
-                if found != shape:
-                    raise ArtifactError(f"{path}: tensor {name} has shape {found}, config.json asks for {shape}")
-            tensors = {name: file.get_tensor(name) for name in sorted(wanted)}
+            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+            return {name: (TYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing; the packed model is incomplete") from error
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); it is truncated or damaged, pack the model again") from error
-    for name, (dtype, _) in wanted.items():
-        actual = tensors[name].dtype
-        if actual != dtype if dtype is not None else not actual.is_floating_point:
-            raise ArtifactError(f"{path}: tensor {name} has type {actual}, the packed format asks for {dtype or 'a float type'}")
-        if dtype is None and not bool(torch.isfinite(tensors[name]).all()):
-            raise ArtifactError(f"{path}: tensor {name} holds NaN or infinity; the file is damaged, pack the model again")
-    return tensors
+
+
+def check_header(where: str, wanted: Header, found: Header) -> None:
+    """ArtifactError naming the first tensor whose presence, shape or type is not the wanted one."""
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise ArtifactError(f"{where}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}; config.json and weights do not belong together")
+    for name, (dtype, shape) in wanted.items():
+        actual, size = found[name]
+        if size != shape:
+            raise ArtifactError(f"{where}: tensor {name} has shape {size}, config.json asks for {shape}")
+        if actual is None or (actual != dtype if dtype is not None else not actual.is_floating_point):
+            raise ArtifactError(f"{where}: tensor {name} has type {actual or 'unknown'}, the packed format asks for {dtype or 'a float type'}")
+
+
+def read_tensors(path: Path, wanted: Header) -> dict[str, Tensor]:
+    """The tensors of a weights file when names, types and shapes are the wanted ones; otherwise ArtifactError naming the first fault."""
+    check_header(str(path), wanted, read_header(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in sorted(wanted)}
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); it is truncated or damaged, pack the model again") from error

@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from lbllm_kernels.activation import ActFactors
+
 from lbllm_core.config import SchemeConfig
 from lbllm_core.model.blocks import NORMS, SITES, Decoder, linears_of
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.weight import QuantizedWeight, n_groups, snap
-from lbllm_kernels.activation import ActFactors
 
 SHAPE = {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 90, "head_dim": 12}
 

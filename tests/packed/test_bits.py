@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from lbllm_core.quant.bits import Bits, add, kv_bits_per_element, linear_bits
 
 

@@ -7,10 +7,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from lbllm_core.errors import ArtifactError, ModelError
 from lbllm_core.model.packed import ActSite, packed_linears
 from lbllm_core.model.packed_folder import load_packed, narrow, pack_student
-from safetensors.torch import load_file, save_file
 
 IDS = torch.arange(1, 41).view(2, 20)
 
