@@ -1,0 +1,145 @@
+"""Is the packed model that will be shipped the model that was trained? Two questions, asked on real inputs.
+
+1. **Integers.** Every packed linear is run with the tokens it really sees, by the path that dispatch chose for this machine and by the
+   reference: codes, scales, zero points and int32 sums must be equal, bit by bit. One mismatch is a fault of a kernel. Both regimes
+   are checked, all tokens at once (prefill) and a single one (decode), because they take different code.
+2. **Meaning.** The packed logits against those of the fake-quantized model (dequantized weights, emulated activations), as
+   `SQNR = 10 log10( sum y^2 / sum (y - y_packed)^2 )` in dB. They differ by float rounding alone, but a rounding can move a
+   4-bit code somewhere, and blocks amplify it; so the figure is bounded from below by a tolerance, and the linear whose output
+   differs most *given equal inputs* is named.
+
+Memory: one linear's outputs at a time; the fake-quantized linear is run on the packed linear's own input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lbllm_kernels import cpu, dispatch, reference
+from lbllm_kernels.activation import quantize_activations
+from torch import Tensor, nn
+
+from lbllm_core.errors import GateError
+from lbllm_core.model.packed import PackedLinear, packed_linears
+
+
+@dataclass(frozen=True)
+class IntegerCheck:
+    """`mismatches`: integers (codes, zero points, sums) and scales that differ from the reference; `first`: the linear where."""
+
+    linears: int
+    compared: int
+    mismatches: int
+    first: str
+    paths: tuple[str, ...]  # "path: reason", distinct
+    exact_paths: bool  # False when all linears took the reference itself, so that nothing was compared with anything
+
+
+@dataclass(frozen=True)
+class LogitCheck:
+    """SQNR in dB of packed against fake-quantized logits, and of the linear that differs most on equal inputs."""
+
+    logits_sqnr_db: float
+    worst_linear: str
+    worst_linear_sqnr_db: float
+
+
+def sqnr_db(expected: Tensor, actual: Tensor) -> float:
+    """`10 log10(signal / noise)`; infinity for equal tensors, -infinity where `actual` is not finite."""
+    if not bool(torch.isfinite(actual).all()):
+        return -math.inf
+    noise = (expected.double() - actual.double()).square().sum().item()
+    signal = expected.double().square().sum().item()
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+@contextmanager
+def _watching(model: nn.Module, see: Callable[[str, PackedLinear, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `see(name, linear, input, output)` for every packed linear that runs inside the block."""
+
+    def hook(name: str) -> Any:
+        return lambda module, inputs, output: see(name, module, inputs[0], output)
+
+    handles = [linear.register_forward_hook(hook(name)) for name, linear in packed_linears(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare_integers(linear: PackedLinear, x: Tensor) -> tuple[int, int]:
+    """(compared, mismatches) of one packed linear on tokens `x (M, in)`: the chosen path against the reference."""
+    prepared, values = linear.prepared, linear.site.values
+    assert values is not None
+    q, scale, zero = quantize_activations(x, values)
+    acc = dispatch.accumulate(q, prepared)
+    compared, wrong = acc.numel(), int((acc != reference.accumulate(q, prepared.packed)).sum())
+    if prepared.choice.is_cpu:
+        tokens = cpu.quantize(x, values, interleaved=False)
+        same_scale = (tokens.scale[:, None] == scale) | (torch.isnan(tokens.scale[:, None]) & torch.isnan(scale))
+        wrong += int((cpu.codes_in_order(tokens) != q).sum()) + int((tokens.zero[:, None] != zero).sum()) + int((~same_scale).sum())
+        compared += q.numel() + 2 * scale.numel()
+    return compared, wrong
+
+
+@torch.no_grad()
+def check_integers(model: nn.Module, ids: Tensor) -> IntegerCheck:
+    """Question 1 on token ids `(batch, tokens)`. Linears with unquantized activations have no integers and are passed over."""
+    compared = mismatches = linears = 0
+    first, paths = "", dict[str, None]()
+
+    def see(name: str, linear: PackedLinear, x: Tensor, _: Tensor) -> None:
+        nonlocal compared, mismatches, linears, first
+        choice = linear.prepared.choice
+        paths[f"{choice.path}: {choice.reason}"] = None
+        linears += 1
+        if linear.site.variant == "none":
+            return
+        flat = x.reshape(-1, x.shape[-1])
+        for part in (flat, flat[:1]):
+            seen, wrong = compare_integers(linear, part)
+            compared, mismatches = compared + seen, mismatches + wrong
+            first = first or (name if wrong else "")
+
+    with _watching(model, see):
+        model(ids, use_cache=False)
+    exact = any(not path.startswith("reference") for path in paths)
+    return IntegerCheck(linears, compared, mismatches, first, tuple(paths), exact)
+
+
+@torch.no_grad()
+def check_logits(packed: nn.Module, fake_quant: nn.Module, ids: Tensor) -> LogitCheck:
+    """Question 2. `fake_quant` must have a callable module under the name of every packed linear, taking the same input."""
+    worst: tuple[float, str] = (math.inf, "")
+
+    def see(name: str, _: PackedLinear, x: Tensor, y: Tensor) -> None:
+        nonlocal worst
+        found = sqnr_db(fake_quant.get_submodule(name)(x), y)
+        worst = min(worst, (found, name))
+
+    with _watching(packed, see):
+        ours = packed(ids, use_cache=False).logits
+    expected = fake_quant(ids, use_cache=False).logits
+    return LogitCheck(sqnr_db(expected, ours), worst[1], worst[0])
+
+
+def require(integers: IntegerCheck, logits: LogitCheck | None, min_sqnr_db: float) -> None:
+    """GateError when an integer differs, or the logits fall below the tolerance; it names the linear."""
+    if integers.mismatches:
+        raise GateError(
+            f"packed inference: {integers.mismatches} of {integers.compared} integers differ from the reference, first in {integers.first} "
+            f"({'; '.join(integers.paths)}); set LBLLM_KERNEL_PATH=reference and report this"
+        )
+    if logits is not None and logits.logits_sqnr_db < min_sqnr_db:
+        raise GateError(
+            f"packed logits are {logits.logits_sqnr_db:.1f} dB from the fake-quantized ones, below pack.min_sqnr_db={min_sqnr_db:g}; "
+            f"{logits.worst_linear} differs most ({logits.worst_linear_sqnr_db:.1f} dB on equal inputs)"
+        )
