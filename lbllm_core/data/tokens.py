@@ -116,12 +116,13 @@ def data_digest(config: DatasetConfig) -> str:
 
 def evaluation_digest(config: RunConfig) -> str:
     """sha256 (hex) of the evaluation data: the text of each protocol, the files of each task, and what is held out."""
-    from lbllm_core.data import protocols, tasks
+    from lbllm_core.data import protocols
+    from lbllm_core.data.tasks import sources
 
     facts: list[Any] = [SELECTION, sorted(text.HELD_OUT_SHARE.items())]
     for name in config.evaluation.protocols:
         protocol = protocols.parse(name)
         facts.append([protocol.name, [file_digest(p) for p in protocols.protocol_files(protocol.text)]])
     for task in config.evaluation.tasks:
-        facts.append([task, [[split, file_digest(p)] for source in tasks.sources(task) for split, p in sorted(source.files.items())]])
+        facts.append([task, [[split, file_digest(p)] for source in sources(task) for split, p in sorted(source.files.items())]])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,0 +1,248 @@
+"""Zero-shot (and five-shot MMLU) accuracy through lm-eval, offline, on local data. The only place that imports lm_eval.
+
+lm-eval keeps what makes the figures comparable: the task's prompt, the split of context and continuation, the metrics and
+their standard errors. Each task is a generated YAML file that includes the stock one and points it at local files, so the
+harness neither scans its thousands of tasks (12 s) nor asks a network for data.
+
+Scoring is ours, because on a processor it is most of the time. A choice is scored by `sum_t log p(y_t | context, y_<t)`:
+- requests are sorted by length and batched by a token budget, not by a fixed count (short questions share a batch);
+- equal inputs run once: BoolQ and MMLU differ only in the last token, which is read off one distribution;
+- the head and the log-softmax run on the positions of the continuation alone: with 49152 tokens in the vocabulary and a dozen
+  tokens a choice, that is a tenth of the work and of the memory.
+A test holds it against lm-eval's own HFLM.
+
+A limited run (`limit` examples a task, the first ones; a subject of MMLU is a task) says so in the metric's name: `acc_piqa_n200`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_core.data import tasks as task_data
+from lbllm_core.data.tasks import TaskSource
+from lbllm_core.engine.progress import Progress, Report, silent
+from lbllm_core.errors import DataError, NumericalError
+
+METRICS = ("acc", "acc_norm")
+FEWSHOT = {task_data.MMLU: 5}
+SEED = 1234
+STOCK = {
+    "piqa": "piqa/piqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+}
+
+
+def zero_shot(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int = 0, *, add_bos: bool = False, batch_tokens: int = 2048, report: Report = silent
+) -> dict[str, float]:
+    """Metrics of `tasks`: `acc_<task>`, `acc_stderr_<task>`, and `acc_norm_...` where the task has it, each with `_n<limit>` when limited.
+
+    `model`: a transformers causal language model, packed or not. `batch_tokens`: padded tokens a forward pass. Raises ConfigError
+    (unknown task), DataError (no data), NumericalError (a choice's likelihood is not finite).
+    """
+    found: dict[str, float] = {}
+    for task in tasks:
+        sources = task_data.sources(task)
+        scorer = _scorer(model, tokenizer, add_bos, batch_tokens, lambda done, total, task=task: report(Progress(task, done, total, "choice")))
+        found |= _named(_run(scorer, sources, limit, FEWSHOT.get(task, 0)), sources[0].label, limit)
+    return found
+
+
+def _run(scorer: Any, sources: Sequence[TaskSource], limit: int, fewshot: int) -> list[dict[str, float]]:
+    """lm-eval's figures of each source: {"n": examples, "total": of the split, "acc": ..., "acc_stderr": ...}."""
+    with tempfile.TemporaryDirectory(prefix="lbllm-tasks-") as name, _quiet():
+        from lm_eval.evaluator import evaluate
+        from lm_eval.tasks import TaskManager
+
+        folder = Path(name)
+        for source in sources:
+            (folder / f"{source.task}.yaml").write_text(_task_yaml(source, fewshot, folder / "cache"))
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        built = manager.load([source.task for source in sources])["tasks"]
+        for task in built.values():
+            task.set_fewshot_seed(SEED)
+        result = evaluate(scorer, built, limit=limit or None, bootstrap_iters=1, log_samples=False)
+    assert result is not None
+    figures = []
+    for source in sources:
+        measured, count = result["results"][source.task], result["n-samples"][source.task]
+        row = {"n": float(count["effective"]), "total": float(count["original"])}
+        for metric in METRICS:
+            if f"{metric},none" in measured:
+                row |= {metric: float(measured[f"{metric},none"]), f"{metric}_stderr": float(measured[f"{metric}_stderr,none"])}
+        figures.append(row)
+    return figures
+
+
+def _task_yaml(source: TaskSource, fewshot: int, cache: Path) -> str:
+    """The stock task on local files. JSON strings are valid YAML."""
+    import json
+
+    import lm_eval
+
+    stock = STOCK.get(source.task, f"mmlu/default/{source.task}.yaml")
+    values: dict[str, Any] = {
+        "include": str(Path(os.path.dirname(lm_eval.__file__)) / "tasks" / stock),
+        "task": source.task,
+        "dataset_path": source.format,
+        "dataset_name": None,
+        "training_split": None,
+        "validation_split": source.split if source.split == "validation" else None,
+        "test_split": source.split if source.split == "test" else None,
+        "fewshot_split": "dev" if "dev" in source.files else None,
+        "num_fewshot": fewshot,
+        "dataset_kwargs": {"data_files": {split: str(path) for split, path in source.files.items()}, "cache_dir": str(cache)},
+        **source.overrides,
+    }
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items()) + "\n"
+
+
+def _named(figures: Sequence[dict[str, float]], label: str, limit: int) -> dict[str, float]:
+    """Figures over all sources, weighted by examples, under their names. The error is that of a stratified mean."""
+    total = sum(f["n"] for f in figures)
+    suffix = f"_n{limit}" if limit and any(f["n"] < f["total"] for f in figures) else ""
+    named = {}
+    for metric in METRICS:
+        if all(metric in f for f in figures):
+            named[f"{metric}_{label}{suffix}"] = sum(f["n"] * f[metric] for f in figures) / total
+            named[f"{metric}_stderr_{label}{suffix}"] = math.sqrt(sum((f["n"] * f[f"{metric}_stderr"]) ** 2 for f in figures)) / total
+    return named
+
+
+def _scorer(model: nn.Module, tokenizer: Any, add_bos: bool, batch_tokens: int, done: Any) -> Any:
+    """An lm-eval model around `model` that answers log-likelihood requests, nothing else."""
+    from lm_eval.api.model import TemplateLM
+
+    class Scorer(TemplateLM):  # type: ignore[misc]
+        """Defined here because its base class is imported here."""
+
+        backend = "causal"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = tokenizer
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            ids: list[int] = tokenizer.encode(string, add_special_tokens=False, verbose=False)
+            wanted = add_bos if add_special_tokens is None else add_special_tokens
+            return [self.prefix_token_id, *ids] if wanted and ids[:1] != [self.prefix_token_id] else ids
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            return found
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            return score(model, pairs, int(tokenizer.model_max_length), batch_tokens, done)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            raise DataError("rolling likelihoods are measured by perplexity protocols, not through lm-eval")
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            raise DataError("tasks that generate text are not supported; choose multiple-choice tasks")
+
+    return Scorer()
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], max_length: int, batch_tokens: int = 2048, done: Any = lambda done, total: None
+) -> list[tuple[float, bool]]:
+    """For each (context ids, continuation ids): the continuation's log-likelihood, and whether it is the greedy one.
+
+    A context too long for `max_length` loses its first tokens. Raises NumericalError when a likelihood is not finite.
+    """
+    inputs: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, continuation) in enumerate(pairs):
+        inputs.setdefault(tuple((context + continuation)[-(max_length + 1) : -1]), []).append(index)
+    answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    finished = 0
+    for batch in _batches(sorted(inputs, key=lambda ids: (-len(ids), ids)), batch_tokens):
+        hidden = _hidden_states(model, batch)
+        for row, ids in enumerate(batch):
+            wanted = [pairs[i][1] for i in inputs[ids]]
+            longest = min(max(map(len, wanted)), len(ids))
+            log_p = _log_probabilities(model, hidden[row, len(ids) - longest : len(ids)])
+            for index, continuation in zip(inputs[ids], wanted, strict=True):
+                answers[index] = _answer(log_p[-min(len(continuation), longest) :], continuation[-longest:])
+            finished += len(wanted)
+        done(finished, len(pairs))
+    bad = next((i for i, (value, _) in enumerate(answers) if not math.isfinite(value)), None)
+    if bad is not None:
+        raise NumericalError(f"the likelihood of choice {bad} is not finite; look at the model's weights and scales")
+    return answers
+
+
+def _batches(inputs: Sequence[tuple[int, ...]], batch_tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Runs of inputs, longest first, whose padded size stays within the budget; at least one input each."""
+    start = 0
+    while start < len(inputs):
+        stop = start + max(1, batch_tokens // len(inputs[start]))
+        yield inputs[start:stop]
+        start = stop
+
+
+def _hidden_states(model: nn.Module, batch: Sequence[tuple[int, ...]]) -> Tensor:
+    """Normed hidden states `(batch, tokens, hidden)`. Padding stands on the right, where causal attention never looks."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
+    for row, values in enumerate(batch):
+        ids[row, : len(values)] = torch.tensor(values)
+    states: Tensor = model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state  # type: ignore[operator]
+    return states
+
+
+def _log_probabilities(model: nn.Module, hidden: Tensor) -> Tensor:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return torch.log_softmax(head(hidden).float(), -1)
+
+
+def _answer(log_p: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
+    wanted = torch.tensor(continuation, device=log_p.device)
+    picked = log_p.gather(1, wanted[:, None])
+    return float(picked.double().sum()), bool((log_p.argmax(1) == wanted).all())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets without progress bars and info lines; the state before is put back."""
+    import datasets
+    from lm_eval.api import task as task_module
+
+    bar, task_module.tqdm = task_module.tqdm, lambda items, **_: items  # the harness has no switch for this one
+    names = ("lm_eval", "datasets")
+    levels = {name: logging.getLogger(name).level for name in names}
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        task_module.tqdm = bar
+        if bars:
+            datasets.enable_progress_bars()
