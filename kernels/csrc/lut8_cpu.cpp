@@ -4,6 +4,7 @@
 // calls. Threads come from OpenMP, whose run-time torch has already loaded: one pool for both, no two pools spinning against
 // each other. Built without OpenMP, everything runs on the calling thread.
 #include <cstdint>
+#include <vector>
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -105,5 +106,21 @@ void lut8_matmul(const lut8::Lut8Weight* w, const uint8_t* q, int64_t stride, in
   const auto run = level >= 3 ? lut8::matmul_amx : level == 2 ? lut8::matmul_avx512 : lut8::matmul_avx2;
   parallel(w->tiles, level >= 3 ? 2 : 1, useful_threads(m * w->out * w->in, threads),
            [&](int64_t first, int64_t last) { run(*w, product, first, last); });
+}
+
+// A few tokens, quantized and multiplied in one call: a decode step is too short to pay for two. q, scale and zero live in
+// scratch of the calling thread; x (m, in) floats -> y (m, out). factors: top, then clip_max, clip_min, knee_low, knee_high.
+void lut8_forward(const lut8::Lut8Weight* w, const float* x, int64_t m, int32_t top, const float* factors, float* y, int32_t level,
+                  int32_t threads) {
+  static thread_local std::vector<uint8_t> q;
+  static thread_local std::vector<float> scale;
+  static thread_local std::vector<int32_t> zero;
+  const int64_t stride = (w->in + lut8::kPad - 1) / lut8::kPad * lut8::kPad;
+  q.resize(static_cast<size_t>(m * stride));
+  scale.resize(static_cast<size_t>(m));
+  zero.resize(static_cast<size_t>(m));
+  lut8_quantize(x, m, w->in, top, factors[0], factors[1], factors[2], factors[3], q.data(), stride, scale.data(), zero.data(), 1,
+                level, threads);
+  lut8_matmul(w, q.data(), stride, m, scale.data(), zero.data(), y, nullptr, level, threads);
 }
 }

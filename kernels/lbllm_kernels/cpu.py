@@ -35,6 +35,8 @@ TOKENS = 16  # AMX takes whole blocks of tokens
 AVX2, AVX512, AMX = 1, 2, 3
 LEVEL_NAMES = {AVX2: "avx2", AVX512: "avx512-vnni", AMX: "amx-int8"}
 AMX_FROM = 12  # tokens from which AMX beats VNNI
+_CPU = torch.device("cpu")  # buffers name their device and type: defaults may be changed by the caller
+FUSED_UP_TO = 8  # tokens that are cheaper to quantize again for each linear than to share
 
 
 class _Weight(ctypes.Structure):
@@ -83,6 +85,8 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lut8_quantize.restype = functions.lut8_matmul.restype = None
     functions.lut8_quantize.argtypes = [pointer, wide, wide, narrow, *[real] * 4, pointer, wide, pointer, pointer, *[narrow] * 3]
     functions.lut8_matmul.argtypes = [pointer, pointer, wide, wide, *[pointer] * 4, narrow, narrow]
+    functions.lut8_forward.restype = None
+    functions.lut8_forward.argtypes = [pointer, pointer, wide, narrow, pointer, pointer, narrow, narrow]
 
 
 def unsupported(packed: PackedWeight) -> str | None:
@@ -200,7 +204,7 @@ def best_level(tokens: int) -> int:
 def _buffer(tokens: int, in_features: int) -> Tensor:
     """Room for quantized tokens; rows beyond them (AMX reads whole blocks) are zero."""
     rows = -(-tokens // TOKENS) * TOKENS if tokens >= AMX_FROM else tokens
-    q = torch.empty((rows, padded_channels(in_features)), dtype=torch.uint8)
+    q = torch.empty((rows, padded_channels(in_features)), dtype=torch.uint8, device=_CPU)
     if rows != tokens:
         q[tokens:] = 0
     return q
@@ -219,7 +223,7 @@ def quantize(x: Tensor, factors: ActFactors, *, interleaved: bool = True, level:
         x = x.to(torch.float32).contiguous()
     tokens, in_features = x.shape
     q = _buffer(tokens, in_features)
-    scale, zero = torch.empty(tokens), torch.empty(tokens, dtype=torch.int32)
+    scale, zero = torch.empty(tokens, dtype=torch.float32, device=_CPU), torch.empty(tokens, dtype=torch.int32, device=_CPU)
     top = UNIFORM_TOP if factors.variant == "uniform" else PIECEWISE_TOP
     functions.lut8_quantize(
         x.data_ptr(), tokens, in_features, top, factors.clip_max, factors.clip_min, factors.knee_low, factors.knee_high,
@@ -242,9 +246,37 @@ def _call(weight: CpuWeight, tokens: CpuTokens, y: Tensor | None, acc: Tensor | 
     )  # fmt: skip
 
 
+class Fused:
+    """Quantizer and product of one layer in one call, for few tokens: what a decode step runs."""
+
+    def __init__(self, weight: CpuWeight, factors: ActFactors):
+        """Raises RuntimeError when the path is absent, ValueError for a variant without codes."""
+        functions = library().functions
+        if functions is None:
+            raise RuntimeError(library().reason)
+        if factors.variant not in ("uniform", "piecewise"):
+            raise ValueError(f"activation variant {factors.variant!r} has no per-token codes")
+        self._weight, self._run, self._level = weight, functions.lut8_forward, best_level(1)
+        self._top = UNIFORM_TOP if factors.variant == "uniform" else PIECEWISE_TOP
+        self._factors = (ctypes.c_float * 4)(factors.clip_max, factors.clip_min, factors.knee_low, factors.knee_high)
+        self._factors_at = ctypes.addressof(self._factors)
+        self._in, self._out = weight.in_features, weight.out_features
+        self._most = FUSED_UP_TO * weight.in_features
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `x (..., in)` may go this way: fp32, contiguous, on the CPU, few tokens."""
+        return x.dtype is torch.float32 and 0 < x.numel() <= self._most and x.shape[-1] == self._in and x.is_contiguous() and x.is_cpu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x (..., in)` that `takes` accepted -> fp32 `(..., out)`."""
+        y = torch.empty((*x.shape[:-1], self._out), dtype=torch.float32, device=_CPU)
+        self._run(self._weight.address, x.data_ptr(), x.numel() // self._in, self._top, self._factors_at, y.data_ptr(), self._level, torch.get_num_threads())
+        return y
+
+
 def linear(tokens: CpuTokens, weight: CpuWeight, level: int = 0) -> Tensor:
     """Outputs fp32 `(M, out)` of quantized tokens; bit-equal to `reference.linear`. `level` forces an instruction set (tests)."""
-    y = torch.empty((tokens.tokens, weight.out_features))
+    y = torch.empty((tokens.tokens, weight.out_features), dtype=torch.float32, device=_CPU)
     if tokens.tokens:
         _call(weight, tokens, y, None, level)
     return y
@@ -256,11 +288,11 @@ def accumulate(q: Tensor, weight: CpuWeight, level: int = 0) -> Tensor:
         raise ValueError(f"q must be int8 (M, {weight.in_features}) on the CPU, got {q.dtype} {tuple(q.shape)} on {q.device}")
     if q.numel() and int(q.min()) < 0:
         raise ValueError(f"q must be 0..127 on the CPU path, found {int(q.min())}")
-    acc = torch.empty((q.shape[0], weight.out_features), dtype=torch.int32)
+    acc = torch.empty((q.shape[0], weight.out_features), dtype=torch.int32, device=_CPU)
     if q.shape[0]:
         ordered = _buffer(q.shape[0], weight.in_features)
         ordered[: q.shape[0]] = interleave(q).view(torch.uint8)
-        ones, zeros = torch.ones(q.shape[0]), torch.zeros(q.shape[0], dtype=torch.int32)
+        ones, zeros = (torch.ones(q.shape[0], dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.int32))
         _call(weight, CpuTokens(ordered, ones, zeros, q.shape[0], weight.in_features), None, acc, level)
     return acc
 

@@ -7,7 +7,8 @@ activations with one scale and zero point a token. A decoder block keeps its sha
 
 **Sites.** q, k and v read the same tensor, and so do gate and up: an `ActSite` quantizes it once. It remembers the result for the
 very tensor object it saw (a weak reference and the version counter, so neither a recycled object nor an in-place change can be
-mistaken for it) and forgets it as soon as every linear of the site has read it.
+mistaken for it) and forgets it as soon as every linear of the site has read it. A decode step's few tokens are quantized again by each reader, inside
+one call with the product: that is cheaper than sharing.
 
 **Precision.** Row scales, biases and activation factors stay fp32 whatever `.half()` or `.to(bfloat16)` is applied to the model: they
 are part of the format, not of the model's compute type.
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lbllm_kernels import dispatch, ops
+from lbllm_kernels import cpu, dispatch, ops
 from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import FORMAT_VERSION, FormatError, PackedWeight, count_groups, validate
 from torch import Tensor, nn
@@ -153,6 +154,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.group_size = in_features, out_features, scheme.group_size
         self._site = (site,)  # in a tuple: the site is a module of the block, not of each of its readers
         self._prepared: dispatch.Prepared | None = None
+        self._fused: cpu.Fused | None = None
         groups = count_groups(in_features, scheme.group_size)
 
         def room(name: str, present: bool, dtype: torch.dtype, *shape: int) -> None:
@@ -177,7 +179,8 @@ class PackedLinear(nn.Module):
     def prepare(self, name: str = "") -> dispatch.Prepared:
         """Check the tensors and derive the layout of the path that dispatch chooses. Raises FormatError (prefixed by `name`)."""
         values = self.site.values if self.site.values is not None else self.site.prepare()
-        self._prepared = dispatch.prepare(validate(self.packed(), name), values.variant)
+        self._prepared = prepared = dispatch.prepare(validate(self.packed(), name), values.variant)
+        self._fused = cpu.Fused(prepared.fast, values) if prepared.fast is not None else None
         return self._prepared
 
     @property
@@ -190,6 +193,8 @@ class PackedLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a packed linear is for inference only: call the model under torch.no_grad()")
         prepared = self._prepared if self._prepared is not None else self.prepare()
+        if self._fused is not None and not torch.compiler.is_compiling() and self._fused.takes(x):
+            return self._fused(x)
         site = self._site[0]
         values = site.values if site.values is not None else site.prepare()
         if prepared.fast is not None and torch.compiler.is_compiling():
@@ -202,18 +207,18 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, {mode}, bias={self.bias is not None}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        self._prepared = None
+        self._prepared = self._fused = None
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         _apply_keeping_fp32(self, before)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared = None
+        self._prepared = self._fused = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": None, "_fused": None}
 
 
 def _apply_keeping_fp32(module: nn.Module, before: dict[str, Tensor | None]) -> None:

@@ -35,10 +35,11 @@ def expected(linear, x):
 
 @pytest.mark.parametrize("variant", ["piecewise", "uniform", "none"])
 @pytest.mark.parametrize("path", ["", "reference"])
-def test_forward_is_the_reference(variant, path, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 40])
+def test_forward_is_the_reference(variant, path, tokens, monkeypatch):
     monkeypatch.setenv(dispatch.PATH_VARIABLE, path)
     linear = make_linear(bias=True, variant=variant)
-    x = torch.randn(2, 3, 96)
+    x = torch.randn(tokens, 1, 96)
     assert torch.equal(linear(x), expected(linear, x))
     if path:
         assert linear.prepared.choice == dispatch.Choice("reference", "LBLLM_KERNEL_PATH=reference")
@@ -55,7 +56,7 @@ def counted(monkeypatch):
 def test_a_site_quantizes_once_for_all_readers(counted):
     site = ActSite("piecewise", 3)
     readers = [make_linear(site, seed=s) for s in range(3)]
-    x = torch.randn(4, 96)
+    x = torch.randn(9, 96)
     results = [r(x) for r in readers]
     assert len(counted) == 1
     assert site._memo is None
@@ -66,14 +67,14 @@ def test_the_memory_is_not_fooled(counted):
     """An in-place change, another tensor, and a new tensor at a freed address are all quantized anew."""
     site = ActSite("uniform", 3)
     linear = make_linear(site)
-    x = torch.randn(1, 96)
+    x = torch.randn(9, 96)
     linear(x)
     x.mul_(-1)
     assert torch.equal(linear(x), expected(linear, x))
-    other = torch.randn(1, 96)
+    other = torch.randn(9, 96)
     assert torch.equal(linear(other), expected(linear, other))
     for _ in range(4):
-        fresh = torch.randn(1, 96)
+        fresh = torch.randn(9, 96)
         assert torch.equal(linear(fresh), expected(linear, fresh))
         del fresh
         gc.collect()
@@ -85,7 +86,7 @@ def test_inference_tensors_are_never_remembered(counted):
     site = ActSite("uniform", 2)
     linear = make_linear(site)
     with torch.inference_mode():
-        x = torch.randn(1, 96)
+        x = torch.randn(9, 96)
         linear(x)
         x.mul_(-1)
         assert torch.equal(linear(x), expected(linear, x))
@@ -95,7 +96,7 @@ def test_inference_tensors_are_never_remembered(counted):
 def test_the_memory_does_not_keep_tensors_alive():
     site = ActSite("uniform", 3)
     linear = make_linear(site)
-    x = torch.randn(1, 96)
+    x = torch.randn(9, 96)
     linear(x)
     del x
     gc.collect()
@@ -113,6 +114,25 @@ def test_number_types(dtype):
     y = linear(x.to(dtype))
     assert y.dtype == dtype
     assert torch.equal(y, reference.linear(x.to(dtype), linear.packed(), linear.site.prepare()).to(dtype))
+
+
+def test_default_types_and_devices_do_not_matter():
+    linear, x = make_linear(), torch.randn(40, 96)
+    plain = [linear(x), linear(x[:2])]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(linear(x), plain[0])
+            assert torch.equal(linear(x[:2]), plain[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_strided_input(tokens):
+    linear = make_linear()
+    wide = torch.randn(tokens, 192)
+    assert torch.equal(linear(wide[:, ::2]), linear(wide[:, ::2].contiguous()))
 
 
 def test_changed_weights_are_seen():
