@@ -172,7 +172,7 @@ def score(
 ) -> list[tuple[float, bool]]:
     """For each (context ids, continuation ids): the continuation's log-likelihood, and whether it is the greedy one.
 
-    A context too long for `max_length` loses its first tokens. Raises NumericalError when a likelihood is not finite.
+    What is too long for `max_length` loses its first tokens, the context's first. Raises NumericalError when a likelihood is not finite.
     """
     inputs: dict[tuple[int, ...], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):

@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    T5Config,
+)
 
 from lbllm_core.config import ModelConfig
 from lbllm_core.errors import ModelError
@@ -32,7 +41,7 @@ def folder_config(path: Path, **changes: object) -> ModelConfig:
 @pytest.fixture
 def small_folder(tmp_path: Path) -> Path:
     """A complete three-block Llama folder with the tiny model's tokenizer, random weights."""
-    sizes = dict(vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    sizes = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     folder = tmp_path / "small"
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -159,7 +168,7 @@ def test_already_quantized_folder_is_refused(small_folder, tmp_path):
         load_teacher(folder_config(small_folder), tmp_path)
 
 
-SMALL = dict(vocab_size=96, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
+SMALL = {"vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize(

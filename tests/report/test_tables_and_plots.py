@@ -1,0 +1,123 @@
+"""Results files, the tables made from them, and plots."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from lbllm_core.errors import ArtifactError
+from lbllm_core.report import plots, records, tables
+
+ROWS = [
+    {"row": "teacher", "ppl_synthetic": 2.0, "acc_piqa_n200": 0.8, "acc_stderr_piqa_n200": 0.03, "disk_mb": 100.0, "minutes": 1.0},
+    {"row": "stage1", "ppl_synthetic": 6.0, "acc_piqa_n200": 0.6, "acc_stderr_piqa_n200": 0.04, "effective_bpw": 2.25, "disk_mb": 10.0},
+    {"row": "final", "ppl_synthetic": 3.0, "effective_bpw": 2.25, "minutes": 2.5},
+]
+
+
+def test_comparison_puts_recovery_beside_the_figure():
+    cells = {line[0]: line[1:] for line in tables.comparison(ROWS)}
+    assert cells[""] == ["teacher", "stage 1 only", "final"]
+    assert cells["ppl_synthetic"] == ["2.00", "6.00 (x3)", "3.00 (x1.5)"]
+    assert cells["acc_piqa_n200"] == ["0.800 ± 0.030", "0.600 ± 0.040 (75 %)", ""]
+    assert cells["MB on disk"] == ["100.0", "10.0 (x0.1)", ""]
+    assert cells["bits a weight, all counted"] == ["", "2.250", "2.250"]
+    assert not any("stderr" in name for name in cells)
+
+
+def test_comparison_without_a_teacher_has_no_recovery():
+    assert tables.comparison(ROWS[1:])[1] == ["ppl_synthetic", "6.00", "3.00"]
+
+
+def test_plain_and_markdown_show_the_same_cells():
+    cells = tables.comparison(ROWS)
+    for line in cells:
+        for cell in line:
+            assert cell in tables.plain(cells)
+            assert cell in tables.markdown(cells)
+    widths = {len(line) for line in tables.markdown(cells).splitlines()[1:2]}
+    assert widths
+
+
+def test_pivot_refuses_two_figures_in_one_cell():
+    found = [{"name": "kernel_us", "op": op, "n": n, "value": n * 1.5} for op in ("ours", "cublas") for n in (1, 2)]
+    assert tables.pivot(found, ["n"], "op") == [["n", "ours", "cublas"], ["1", "1.5", "1.5"], ["2", "3", "3"]]
+    with pytest.raises(ArtifactError, match="two records"):
+        tables.pivot([*found, found[0]], ["n"], "op")
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    made = [{"name": k, "value": v, "unit": "1", "row": r["row"], "model": "tiny"} for r in ROWS for k, v in r.items() if k != "row"]
+    records.write_results(folder / "pipeline_cpu.json", "make run", made, device="test device")
+    return folder
+
+
+def test_results_carry_their_circumstances(results):
+    content = records.read_results(results / "pipeline_cpu.json")
+    assert set(content) == {"schema", "command", "commit", "date", "device", "versions", "records"}
+    assert content["versions"]["torch"]
+    assert content["device"] == "test device"
+
+
+def test_records_of_other_models_can_be_kept(results):
+    path = results / "pipeline_cpu.json"
+    new = [{"name": "total_s", "value": 3.5, "unit": "s", "model": "other"}]
+    records.write_results(path, "make run", new, keep=lambda r: r["model"] == "tiny")
+    assert [r["model"] for r in records.read_results(path)["records"]].count("tiny") > 5
+    records.write_results(path, "make run", new)
+    assert records.read_results(path)["records"] == new
+
+
+@pytest.mark.parametrize("bad", [{"value": 1.0, "unit": "s"}, {"name": "x", "value": math.nan, "unit": "1"}, {"name": "x", "value": "1", "unit": "1"}, {"name": "x", "value": 1}])
+def test_records_without_name_unit_or_value_are_refused(bad, tmp_path):
+    with pytest.raises(ArtifactError, match="needs a name"):
+        records.write_results(tmp_path / "x.json", "test", [bad])
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_unknown_schema_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"schema": 99, "records": []}))
+    with pytest.raises(ArtifactError, match="schema 99"):
+        records.read_results(tmp_path / "x.json")
+
+
+DOCUMENT = "# Title\n\n<!-- table pipeline_cpu.json comparison model=tiny -->\nold\n<!-- end of table -->\n\nText.\n"
+
+
+def test_documents_are_written_once_and_then_stable(results, tmp_path, capsys):
+    document = tmp_path / "docs" / "a.md"
+    document.parent.mkdir()
+    document.write_text(DOCUMENT)
+    arguments = [str(tmp_path / "docs"), "--results", str(results)]
+    assert tables.main(["--check", *arguments]) == 1
+    assert tables.main(["--update", *arguments]) == 0
+    text = document.read_text()
+    assert "| ppl_synthetic | 2.00 | 6.00 (x3) | 3.00 (x1.5) |" in text
+    assert text.startswith("# Title\n")
+    assert text.endswith("<!-- end of table -->\n\nText.\n")
+    assert "old" not in text
+    assert tables.main(["--check", *arguments]) == 0
+    assert "out of date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spec", ["missing.json comparison", "pipeline_cpu.json comparison model=none", "pipeline_cpu.json model=tiny"])
+def test_requests_that_cannot_be_met_are_errors(spec, results, tmp_path, capsys):
+    document = tmp_path / "a.md"
+    document.write_text(DOCUMENT.replace("pipeline_cpu.json comparison model=tiny", spec))
+    assert tables.main(["--update", str(document), "--results", str(results)]) == 1
+    assert capsys.readouterr().err.strip()
+    assert "old" in document.read_text()
+
+
+def test_plots_are_png_and_stable(tmp_path):
+    first = plots.perplexity_bars(ROWS, tmp_path / "a")
+    assert [p.name for p in first] == ["ppl_synthetic.png"]
+    second = plots.perplexity_bars(ROWS, tmp_path / "b")
+    assert first[0].read_bytes() == second[0].read_bytes()
+    assert first[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    curve = plots.curves({"stage 1": [(0, 0.1), (1, 0.01)], "stage 2": [(0, 0.0), (1, 0.02)]}, tmp_path / "c.png", "error", "block", "block_rel_mse")
+    assert curve.stat().st_size > 1000
