@@ -24,7 +24,7 @@ int32 accumulation with no flush per group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ FORMAT_VERSION = 1
 MAX_LEVEL = 127
 MAX_IN_FEATURES = 66_560  # 2 * 127 * 127 * in stays under 2**31: acc - z * rowsum cannot leave int32
 MAX_CODEBOOK = 256
-_UNPACK_CHUNK = 1 << 22  # weights expanded at a time: bounds the index tensors to some 40 MB
+PER_ROW = ("codes", "row_scale", "levels", "group_codes", "bias", "outlier_weight", "outlier_scale")
+_UNPACK_CHUNK = 1 << 18  # weights expanded at a time: bounds the index tensors to a few MB
 
 
 class FormatError(ValueError):
@@ -158,7 +159,15 @@ def dequantize(packed: PackedWeight) -> Tensor:
 
 def row_sums(packed: PackedWeight) -> Tensor:
     """Sums of the int8 weights of each row, int32 `(out,)`: derived at load, never stored."""
-    return int8_weight(packed).sum(1, dtype=torch.int32)
+    rows = max(1, _UNPACK_CHUNK // packed.in_features)
+    parts = [int8_weight(rows_of(packed, start, start + rows)).sum(1, dtype=torch.int32) for start in range(0, packed.out_features, rows)]
+    return torch.cat(parts)
+
+
+def rows_of(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
+    """Output rows `start..stop-1` as a packed weight of their own (views)."""
+    cut = {name: getattr(packed, name)[start:stop] for name in PER_ROW if getattr(packed, name) is not None}
+    return replace(packed, **cut)
 
 
 def _require(ok: bool, tensor: str, rule: str) -> None:

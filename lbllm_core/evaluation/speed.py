@@ -119,7 +119,7 @@ def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, float]:
 
 def _loader(request: Mapping[str, Any]) -> Callable[[], Any]:
     """Imports what loading needs, and returns the function whose time is `load_s`."""
-    import transformers  # noqa: F401  (part of the baseline)
+    from transformers import AutoModelForCausalLM  # noqa: F401  (libraries are part of the baseline, models are not)
 
     if "packed" in request:
         from lbllm_core.model.packed_folder import load_packed

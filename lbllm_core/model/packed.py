@@ -19,6 +19,7 @@ are part of the format, not of the model's compute type.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -262,7 +263,7 @@ def finalize(model: nn.Module, where: str) -> None:
         for name, linear in packed_linears(model):
             linear.prepare(name)
         for name, parameter in model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if parameter.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(parameter.detach())):  # NaN spreads to both ends
                 raise FormatError(f"{name}: holds NaN or infinity")
     except FormatError as error:
         raise ArtifactError(f"{where} breaks the packed format: {error}; the file is damaged, pack the model again") from error

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,8 +215,7 @@ def load_packed(folder: Path, device: torch.device | str = "cpu") -> Any:
     """A transformers causal LM in fp32 with packed linears, in eval mode, KV bits set. Raises ArtifactError for a folder that lies."""
     scheme = read_scheme(folder)
     model = _skeleton(folder, scheme)
-    tensors = read_tensors(folder / WEIGHTS, expected_tensors(model))
-    for name, tensor in tensors.items():
+    for name, tensor in read_tensors(folder / WEIGHTS, expected_tensors(model)):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._buffers:
@@ -286,11 +285,12 @@ def check_header(where: str, wanted: Header, found: Header) -> None:
             raise ArtifactError(f"{where}: tensor {name} has type {actual or 'unknown'}, the packed format asks for {dtype or 'a float type'}")
 
 
-def read_tensors(path: Path, wanted: Header) -> dict[str, Tensor]:
-    """The tensors of a weights file when names, types and shapes are the wanted ones; otherwise ArtifactError naming the first fault."""
+def read_tensors(path: Path, wanted: Header) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a weights file, one at a time, when names, types and shapes are the wanted ones; else ArtifactError."""
     check_header(str(path), wanted, read_header(path))
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in sorted(wanted)}
+            for name in sorted(wanted):
+                yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); it is truncated or damaged, pack the model again") from error
