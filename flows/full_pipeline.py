@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from flows.compose import compose
 from lbllm_core.engine.artifacts import home_folder
@@ -28,7 +29,15 @@ from tasks.tracking import LabBook
 from tasks.weight_distill import weight_distill
 
 
-@flow(name="lbllm", flow_run_name="lbllm-{model}{experiment}")
+def run_name() -> str:
+    """What a run is called on Prefect's page: the choices that were made for it."""
+    chosen = {**flow_run.parameters}
+    words = [str(chosen.get(key)) for key in ("model", "experiment", "scheme", "dataset") if chosen.get(key)]
+    words += [str(word) for word in chosen.get("overrides") or ()]
+    return " ".join(words)[:200] or "embedded"
+
+
+@flow(name="lbllm", flow_run_name=run_name)
 def lbllm(model: str = "", experiment: str = "", scheme: str = "", dataset: str = "", seed: int = 0, overrides: list[str] | None = None) -> dict[str, Any]:
     """Run the whole pipeline; empty choices mean those of the embedded default. Returns the rows of the result table."""
     prepare_logging()

@@ -170,8 +170,9 @@ def check_gate(config: RunConfig, teacher: Handle | None) -> None:
     if config.model.blocks or teacher is None:
         return
     wrong = []
+    figures = {name.rpartition("/")[2]: value for name, value in teacher.metrics.items()}
     for name, expected in config.model.expected.items():
-        measured = teacher.metrics.get(name)
+        measured = figures.get(name)
         if measured is not None and abs(measured - expected) > config.model.tolerance * abs(expected):
             wrong.append(f"{name} is {measured:.4g}, expected {expected:.4g}")
     if wrong:

@@ -18,8 +18,9 @@ import dataclasses
 import json
 import logging
 import os
+import sqlite3
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,8 @@ from lbllm_core.pipeline import Finished
 
 log = logging.getLogger(__name__)
 FLUSH_SECONDS = 10.0
+RETRY_SECONDS = 60.0  # between attempts while the store is down
+BUSY_SECONDS = 3.0
 SECTION_OF = {
     "evaluate_teacher": "eval",
     "ptq_init": "stage1",
@@ -104,14 +107,15 @@ class LabBook:
         """A point on the step's curves; figures of single linears stay in the artifact."""
         section = SECTION_OF.get(progress.step, progress.step)
         self._metrics({f"{section}/{name}": value for name, value in progress.figures.items() if "/" not in name}, progress.done)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+        if time.monotonic() - self._flushed > (RETRY_SECONDS if self._warned else FLUSH_SECONDS):
             self.flush()
 
     def finished(self, finished: Finished) -> None:
         """A step's final figures; those of a reused step are written again, into this run."""
         handle, row = finished.handle, finished.row
         front = "" if row == "final" else f"{row}/"
-        self._metrics({f"{front}{SECTION_OF[handle.step]}/{name}": value for name, value in handle.metrics.items()})
+        section = SECTION_OF[handle.step]
+        self._metrics({f"{front}{name if '/' in name else f'{section}/{name}'}": value for name, value in handle.metrics.items()})
         self._metrics({f"{front}minutes/{handle.step}": finished.minutes})
         self._note("tags", {f"lbllm.artifact.{front}{handle.step}".replace("/", "."): f"{handle.step}/{handle.key[:16]}"})
         manifest = handle.folder(self.home) / MANIFEST
@@ -173,6 +177,7 @@ def deliver(home: Path, entries: Entries) -> None:
     import mlflow.entities as kinds
     from mlflow import MlflowClient
 
+    _probe(home / "mlflow.db")
     client = MlflowClient(store_uri(home))
     if not entries.run_id:
         entries.run_id = _find_or_create(client, entries, home)
@@ -198,6 +203,13 @@ def deliver(home: Path, entries: Entries) -> None:
         elif kind == "status":
             client.set_terminated(entries.run_id, content)
         del events[:taken]
+
+
+def _probe(store: Path) -> None:
+    """Raise sqlite's error within seconds when the store cannot be written: MLflow itself would retry for the better part of an hour."""
+    with closing(sqlite3.connect(store, timeout=BUSY_SECONDS)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.rollback()
 
 
 def _find_or_create(client: Any, entries: Entries, home: Path) -> str:

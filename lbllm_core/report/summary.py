@@ -37,7 +37,7 @@ def result_rows(finished: Sequence[Finished]) -> list[dict[str, Any]]:
             figures: dict[str, Any] = {"row": row}
             for part in parts:
                 if part.handle.step in ("evaluate_teacher", "pack_and_benchmark", "evaluate_model"):
-                    figures |= {name: value for name, value in part.handle.metrics.items() if "/" not in name}
+                    figures |= {name.rpartition("/")[2]: value for name, value in part.handle.metrics.items()}
             found.append(figures | {"minutes": sum(part.minutes for part in parts)})
     return _with_teacher_figures(found)
 
