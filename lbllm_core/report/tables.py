@@ -1,31 +1,20 @@
-"""Tables from results: the comparison a run ends with, and the tables in the documentation.
+"""Tables from result rows and from records of `results/*.json`, as cells first and as text last.
 
 `comparison` turns result rows (teacher, baselines, final; one dictionary of figures each) into cells with a *figure a line*
-and a *model a column*, each quantized figure beside its recovery against the teacher: a ratio for perplexity and size
+and a *model a column*, each quantized figure beside its recovery against the teacher: a ratio for perplexity, size and speed
 (`45.20 (x2.37)`), a share for accuracy (`0.612 ± 0.034 (96 %)`). An empty cell means not measured, never zero.
 
-Documents hold no number that was typed: a table stands between two comments, and the first one says what is in it.
-
-    <!-- table pipeline_cpu.json comparison model=smollm2_135m -->
-    <!-- table kernels_h100.json rows=n,k,m columns=op name=kernel_us -->
-    <!-- end of table -->
-
-`comparison` takes the records' context `row` as columns; the other form is a pivot: a line for each value of the `rows`
-keys, a column for each value of the `columns` key (`name` is a key too). Other words are filters. `python -m
-lbllm_core.report.tables --update README.md docs` writes them anew, `--check` only says whether they are up to date.
+`pivot` lays out records by their context: a line for each value of some keys, a column for each value of another (kernel
+times by shape and operator, perplexity by scheme and model). `markdown` and `plain` print cells.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from lbllm_core.errors import ArtifactError, LbllmError
-from lbllm_core.report.records import Record, read_results
+from lbllm_core.errors import ArtifactError
+from lbllm_core.report.records import Record
 
 Cells = list[list[str]]
 ROW_TITLES = {
@@ -45,7 +34,6 @@ FIGURES: dict[str, tuple[str, str, str]] = {
     "decode_tok_s": ("decode, tokens/s", "{:.1f}", "ratio"),
     "minutes": ("minutes", "{:.1f}", ""),
 }
-_MARK = re.compile(r"<!-- table (?P<spec>[^\n]*?) -->\n(?P<body>.*?)<!-- end of table -->", re.DOTALL)
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> Cells:
@@ -133,65 +121,3 @@ def plain(cells: Cells) -> str:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in cells]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]]) + "\n"
-
-
-def table_of(spec: str, results: Path) -> str:
-    """The Markdown table that a comment asks for, with its source below. Raises ArtifactError naming what is wrong with the request."""
-    file, *parts = spec.split()
-    content = read_results(results / file)
-    words = dict(part.partition("=")[::2] for part in parts)
-    layout = {key: words.pop(key) for key in ("comparison", "rows", "columns") if key in words}
-    chosen = [r for r in content["records"] if all(str(r.get(key, "")) == value for key, value in words.items())]
-    if not chosen:
-        raise ArtifactError(f"the table `{spec}`: no record of {file} matches {words}")
-    if "comparison" in layout:
-        cells = comparison(rows_of(chosen))
-    elif "rows" in layout and "columns" in layout:
-        cells = pivot(chosen, layout["rows"].split(","), layout["columns"])
-    else:
-        raise ArtifactError(f"the table `{spec}` needs the word `comparison`, or rows=... and columns=...")
-    source = f"`{content['command']}`, {content['date'][:10]}, {content['device']}, commit {content['commit'][:10] or 'unknown'}"
-    return f"{markdown(cells)}\n{source}\n"
-
-
-def updated(text: str, results: Path) -> str:
-    """A document with every marked table written anew."""
-    return _MARK.sub(lambda found: f"<!-- table {found['spec']} -->\n{table_of(found['spec'], results)}<!-- end of table -->", text)
-
-
-def documents(paths: Iterable[Path]) -> list[Path]:
-    """The Markdown files among the paths and in the folders among them. Raises ArtifactError for a path that is not there."""
-    found: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise ArtifactError(f"there is no document {path}")
-        found += sorted(path.rglob("*.md")) if path.is_dir() else [path]
-    return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 1 when a document could not be written, or with --check is out of date."""
-    parser = argparse.ArgumentParser(prog="python -m lbllm_core.report.tables", description="Write the tables in the documentation from results/*.json.")
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--update", nargs="+", type=Path, metavar="PATH", help="Markdown files or folders to write")
-    action.add_argument("--check", nargs="+", type=Path, metavar="PATH", help="Markdown files or folders to look at")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the results files")
-    options = parser.parse_args(arguments)
-    stale = 0
-    try:
-        for path in documents(options.update or options.check):
-            before = path.read_text(encoding="utf-8")
-            after = updated(before, options.results)
-            if before != after:
-                stale += 1
-                print(f"{path}: {'written' if options.update else 'out of date; run `make tables`'}")
-                if options.update:
-                    path.write_text(after, encoding="utf-8")
-    except LbllmError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 1 if stale and options.check else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

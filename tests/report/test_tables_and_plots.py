@@ -85,32 +85,10 @@ def test_unknown_schema_is_refused(tmp_path):
         records.read_results(tmp_path / "x.json")
 
 
-DOCUMENT = "# Title\n\n<!-- table pipeline_cpu.json comparison model=tiny -->\nold\n<!-- end of table -->\n\nText.\n"
-
-
-def test_documents_are_written_once_and_then_stable(results, tmp_path, capsys):
-    document = tmp_path / "docs" / "a.md"
-    document.parent.mkdir()
-    document.write_text(DOCUMENT)
-    arguments = [str(tmp_path / "docs"), "--results", str(results)]
-    assert tables.main(["--check", *arguments]) == 1
-    assert tables.main(["--update", *arguments]) == 0
-    text = document.read_text()
-    assert "| ppl_synthetic | 2.00 | 6.00 (x3) | 3.00 (x1.5) |" in text
-    assert text.startswith("# Title\n")
-    assert text.endswith("<!-- end of table -->\n\nText.\n")
-    assert "old" not in text
-    assert tables.main(["--check", *arguments]) == 0
-    assert "out of date" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("spec", ["missing.json comparison", "pipeline_cpu.json comparison model=none", "pipeline_cpu.json model=tiny"])
-def test_requests_that_cannot_be_met_are_errors(spec, results, tmp_path, capsys):
-    document = tmp_path / "a.md"
-    document.write_text(DOCUMENT.replace("pipeline_cpu.json comparison model=tiny", spec))
-    assert tables.main(["--update", str(document), "--results", str(results)]) == 1
-    assert capsys.readouterr().err.strip()
-    assert "old" in document.read_text()
+def test_rows_of_records_are_result_rows_in_order(results):
+    found = tables.rows_of(reversed(records.read_results(results / "pipeline_cpu.json")["records"]))
+    assert [r["row"] for r in found] == ["teacher", "stage1", "final"]
+    assert found[1] == ROWS[1]
 
 
 def test_plots_are_png_and_stable(tmp_path):
