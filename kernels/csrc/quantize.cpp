@@ -62,6 +62,30 @@ void place(const uint8_t* raw, const uint8_t* table, int64_t in, uint8_t* q, int
 
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")))
+
+// The same for whole blocks of 64 channels, with the table in four registers: two byte permutations look 64 values up, one
+// shuffle orders them. Returns how many channels it placed; the rest is left to `place`.
+VBMI int64_t place_vbmi(const uint8_t* raw, const uint8_t* table, int64_t in, uint8_t* q) {
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  __m512i t0 = _mm512_setzero_si512(), t1 = t0, t2 = t0, t3 = t0;
+  if (table) {
+    t0 = _mm512_loadu_si512(table);
+    t1 = _mm512_loadu_si512(table + 64);
+    t2 = _mm512_loadu_si512(table + 128);
+    t3 = _mm512_loadu_si512(table + 192);
+  }
+  int64_t c = 0;
+  for (; c + 64 <= in; c += 64) {
+    __m512i v = _mm512_loadu_si512(raw + c);
+    if (table) {
+      const __m512i low = _mm512_permutex2var_epi8(t0, v, t1), high = _mm512_permutex2var_epi8(t2, v, t3);
+      v = _mm512_mask_blend_epi8(_mm512_movepi8_mask(v), low, high);
+    }
+    _mm512_storeu_si512(q + c, _mm512_shuffle_epi8(v, order));
+  }
+  return c;
+}
 
 struct Range {
   float hi, lo;
@@ -159,8 +183,8 @@ AVX512 void codes_avx512(const float* x, int64_t in, float s, float z, const Fac
 
 template <class RangeOf, class CodesOf>
 void quantize_tokens(const float* x, int64_t in, const Factors& f, uint8_t* q, int64_t stride, float* scale, int32_t* zero,
-                     bool interleave, int64_t first, int64_t last, RangeOf range_of, CodesOf codes_of) {
-  uint8_t table[256];
+                     bool interleave, int64_t first, int64_t last, RangeOf range_of, CodesOf codes_of, bool vbmi) {
+  alignas(64) uint8_t table[256];
   float table_zero = -1.0f;
   constexpr int64_t kPiece = 2048;  // a multiple of kPad: pieces interleave on their own
   uint8_t raw[kPiece];
@@ -176,7 +200,9 @@ void quantize_tokens(const float* x, int64_t in, const Factors& f, uint8_t* q, i
       for (int64_t c = 0; c < in; c += kPiece) {
         const int64_t n = in - c < kPiece ? in - c : kPiece;
         codes_of(token + c, n, s, z, f, raw);
-        place(raw, f.top == 127 ? table : nullptr, n, codes + c, in - c > kPiece ? kPiece : stride - c, interleave);
+        const uint8_t* values = f.top == 127 ? table : nullptr;
+        const int64_t done = vbmi && interleave ? place_vbmi(raw, values, n, codes + c) : 0;
+        place(raw + done, values, n - done, codes + c + done, (in - c > kPiece ? kPiece : stride - c) - done, interleave);
       }
     }
     scale[m] = s;
@@ -188,12 +214,13 @@ void quantize_tokens(const float* x, int64_t in, const Factors& f, uint8_t* q, i
 
 void quantize_avx2(const float* x, int64_t in, const Factors& f, uint8_t* q, int64_t stride, float* scale, int32_t* zero,
                    bool interleave, int64_t first, int64_t last) {
-  quantize_tokens(x, in, f, q, stride, scale, zero, interleave, first, last, range_avx2, codes_avx2);
+  quantize_tokens(x, in, f, q, stride, scale, zero, interleave, first, last, range_avx2, codes_avx2, false);
 }
 
 void quantize_avx512(const float* x, int64_t in, const Factors& f, uint8_t* q, int64_t stride, float* scale, int32_t* zero,
                      bool interleave, int64_t first, int64_t last) {
-  quantize_tokens(x, in, f, q, stride, scale, zero, interleave, first, last, range_avx512, codes_avx512);
+  static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
+  quantize_tokens(x, in, f, q, stride, scale, zero, interleave, first, last, range_avx512, codes_avx512, vbmi);
 }
 
 }  // namespace lut8
