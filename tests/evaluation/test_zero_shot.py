@@ -10,7 +10,7 @@ import torch
 from lbllm_core.data import tasks as task_data
 from lbllm_core.data.text import package_data, read_columns
 from lbllm_core.errors import ConfigError, DataError, NumericalError
-from lbllm_core.evaluation.zero_shot import _batches, _named, score, zero_shot
+from lbllm_core.evaluation.zero_shot import _batches, _named, _Row, _rows, score, zero_shot
 
 LIMIT = 4
 
@@ -53,7 +53,7 @@ def test_scores_equal_those_of_the_stock_harness_model(tiny_teacher):
         return torch.randint(1, 90, (n,), generator=generator).tolist()
 
     shared = draw(20)
-    pairs = [(shared, draw(5)), (shared, draw(1)), (shared, draw(1)), (draw(3), draw(30)), (draw(125), draw(10)), (draw(1), draw(1)), (draw(128), draw(1))]
+    pairs = [(shared, draw(5)), (shared, draw(9)), (shared, draw(1)), (shared, draw(1)), (draw(3), draw(30)), (draw(125), draw(10)), (draw(1), draw(1)), (draw(128), draw(1))]
     stock = HFLM(pretrained=tiny_teacher.model, tokenizer=tiny_teacher.tokenizer, batch_size=3, max_length=128, device="cpu")
     expected = stock._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
     for (value, greedy), (wanted, wanted_greedy) in zip(score(tiny_teacher.model, pairs, 128, 64), expected, strict=True):
@@ -68,10 +68,19 @@ def test_batches_do_not_change_scores(tiny_teacher):
 
 
 def test_batches_keep_the_token_budget():
-    inputs = [tuple(range(n)) for n in (50, 40, 8, 8, 8, 1, 1)]
-    batches = list(_batches(inputs, 40))
-    assert [i for b in batches for i in b] == inputs
+    rows = [_Row(range(n), [[0]], [0]) for n in (50, 40, 8, 8, 8, 1, 1)]
+    batches = list(_batches(rows, 40))
+    assert [row for batch in batches for row in batch] == rows
     assert all(len(b) == 1 or len(b) * len(b[0]) <= 40 for b in batches)
+
+
+def test_choices_of_one_question_share_its_tokens():
+    pairs = [([1, 2, 3], [4, 5]), ([1, 2, 3], [6]), ([9], [4, 5, 6]), ([1, 2, 3], [7, 8, 9])]
+    rows = _rows(pairs, 128, 2048)
+    assert [list(r.members) for r in rows] == [[0, 1, 3], [2]]
+    assert [len(r) for r in rows] == [3 + 1 + 0 + 2, 1 + 2]
+    assert sorted(i for r in _rows(pairs, 4, 2048) for i in r.members) == [0, 1, 2, 3]
+    assert all(len(r) <= 4 for r in _rows(pairs, 4, 2048))
 
 
 def test_every_packaged_task_runs_offline(tiny_teacher, monkeypatch):
