@@ -25,7 +25,8 @@ from lbllm_core.engine.terminal import Terminal
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.overrides import all_problems, explain, merged, read
 from lbllm_core.pipeline import Finished, check_gate, facts, plan, why_skipped
-from lbllm_core.report.summary import plain_table, result_rows, steps_plain
+from lbllm_core.report.summary import result_rows, step_cells, step_entries
+from lbllm_core.report.tables import comparison, plain
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LbllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(plain_table(result_rows(finished)))
-    print()
-    print(steps_plain(finished))
+    print(plain(comparison(result_rows(finished))))
+    print(plain(step_cells(step_entries(finished))))
     return 0
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 
 from lbllm_core.engine.files import write_atomic
-from lbllm_core.report.summary import markdown_table, result_rows, steps_table
+from lbllm_core.report.plots import curves, perplexity_bars
+from lbllm_core.report.summary import result_rows, step_cells, step_entries
+from lbllm_core.report.tables import comparison, markdown
 from tasks.step import Run
 from tasks.tracking import LabBook
 
@@ -17,23 +20,34 @@ log = logging.getLogger(__name__)
 
 
 def publish(run: Run, book: LabBook) -> dict[str, Any]:
-    """Write the result table to each place; returns `{'rows': ..., 'minutes': ..., 'mlflow_run': id}` and keeps it as JSON."""
-    rows = result_rows(run.finished)
-    table = markdown_table(rows)
-    minutes = steps_table(run.finished)
-    book.text("result.md", f"{table}\n{minutes}\n")
-    book.flush()
+    """Write the result table to each place; returns `{'rows': ..., 'steps': ..., 'mlflow_run': id}` and keeps it as JSON."""
+    rows, steps = result_rows(run.finished), step_entries(run.finished)
+    result = {"rows": rows, "steps": steps, "mlflow_run": book.run_id, "config": book.digest}
+    text = f"{markdown(comparison(rows))}\n{markdown(step_cells(steps))}"
+    book.text("result.md", text)
+    folder = run.home / "results" / book.digest[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in _plots(run, rows, folder):
+        book.file(plot, "plots")
     try:
-        create_markdown_artifact(markdown=f"{table}\n{minutes}", key="result", description=f"{run.config.model.name}, {run.config.scheme.name}")
+        create_markdown_artifact(markdown=text, key="result", description=f"{run.config.model.name}, {run.config.scheme.name}")
     except Exception:
         log.warning("the result table could not be put on Prefect's page; it is in MLflow and in the home folder")
-    result = {
-        "rows": rows,
-        "steps": [{"row": f.row, "step": f.handle.step, "minutes": f.minutes, "reused": f.handle.reused, "digest": f.handle.digest, "key": f.handle.key} for f in run.finished],
-        "mlflow_run": book.run_id,
-        "config": book.digest,
-    }
-    folder = run.home / "results"
-    folder.mkdir(exist_ok=True)
-    write_atomic(folder / f"{book.digest[:16]}.json", json.dumps(result, indent=1, sort_keys=True).encode())
+    write_atomic(folder / "result.json", json.dumps(result, indent=1, sort_keys=True).encode())
     return result
+
+
+def _plots(run: Run, rows: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Perplexity of the rows as bars, and what the stages left in `curves.json` as lines. A plot that fails is only missing."""
+    drawn: list[Path] = []
+    try:
+        drawn += perplexity_bars(rows, folder)
+        for done in run.finished:
+            source = done.handle.folder(run.home) / "curves.json"
+            if done.row == "final" and source.exists():
+                lines = {name: [(x, y) for x, y in points] for name, points in json.loads(source.read_text(encoding="utf-8")).items() if points}
+                if lines:
+                    drawn.append(curves(lines, folder / f"{done.handle.step}.png", done.handle.step, "block or step", "value"))
+    except Exception:
+        log.warning("a plot could not be drawn; the numbers are in the table", exc_info=True)
+    return drawn

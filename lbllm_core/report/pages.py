@@ -7,7 +7,6 @@ each table says which. A table whose results are not there says so.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,45 +16,30 @@ from typing import Any
 
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
-from lbllm_core.report.summary import markdown, markdown_table
+from lbllm_core.report.records import read_results
+from lbllm_core.report.tables import comparison, markdown, rows_of
 
 RESULTS = Path("results")
 _SLOT = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """A results file. Raises DataError when it is absent or of another schema."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); the command that measures it writes it") from None
-    if content.get("schema") != 1:
-        raise DataError(f"{path} has schema {content.get('schema')!r}; this version reads 1")
-    return content
-
-
-def rows_of(records: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, Any]]:
-    """Result-table rows of a model: `{'row': name, figure: value, ...}`, in the order in which they were written."""
-    rows: dict[str, dict[str, Any]] = {}
-    for record in records:
-        if record.get("model") == model and "row" in record and "step" not in record:
-            rows.setdefault(record["row"], {"row": record["row"]})[record["name"]] = record["value"]
-    return list(rows.values())
-
-
 def pipeline_table(content: Mapping[str, Any]) -> str:
-    """The table of `make run`: rows teacher, baselines, final."""
-    return markdown_table(rows_of(content["records"], "smollm2_135m"))
+    """The table of `make run`: a column for the teacher, each baseline and the final model."""
+    return markdown(comparison(rows_of(_embedded(content))))
 
 
 def times_table(content: Mapping[str, Any]) -> str:
     """Minutes a step of that run, with the total and the peak of memory."""
-    mine = [r for r in content["records"] if r.get("model") == "smollm2_135m"]
+    mine = _embedded(content)
     lines = [["step", "row", "minutes"]]
-    lines += [[r["step"], r["row"], f"{r['value'] / 60:.2f}" + (" (reused)" if r.get("reused") else "")] for r in mine if r["name"] == "step_s"]
+    lines += [[r["step"], r["of_row"], f"{r['value'] / 60:.2f}" + (" (reused)" if r.get("reused") else "")] for r in mine if r["name"] == "step_s"]
     lines += [["total", "", f"{r['value'] / 60:.1f}"] for r in mine if r["name"] == "total_s"]
-    peak = "".join(f"\nPeak memory of all processes: {r['value']:.1f} GB.\n" for r in mine if r["name"] == "peak_gb")
+    peak = "".join(f"\nPeak memory of all processes: {r['value']:.1f} GB.\n" for r in mine if r["name"] == "peak_gb" and r.get("step") == "all")
     return markdown(lines) + peak
+
+
+def _embedded(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in content["records"] if r.get("model") == "smollm2_135m"]
 
 
 Table = Callable[[Mapping[str, Any]], str]
