@@ -106,7 +106,7 @@ class PtqInitConfig:
     em_starts: int = number(2, 1, 4, help="starting points of four-means: quantiles, affine fit, ...")
     codebook_rounds: int = number(8, 1, 100, help="rounds of k-means over quadruples")
     codebook_sample: int = number(8192, 256, 1 << 20, help="groups of a linear the table is fitted on")
-    codebook_shortlist: int = number(8, 1, 256, help="entries compared exactly for each group after the coarse search")
+    codebook_shortlist: int = number(4, 1, 256, help="entries compared exactly for each group after the coarse search")
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ class EndToEndConfig:
     steps: int = number(20, 1, 1 << 20, help="optimizer steps")
     batch_size: int = number(4, 1, 1024, help="sequences a step")
     micro_batch: int = number(1, 1, 1024, help="sequences a forward pass; gradients are added up")
+    logit_share: float = number(1.0, 0.001, 1.0, help="share of the positions whose logits are compared (evenly spaced); a large vocabulary on a CPU wants less")
     lr_levels: float = number(1e-3, 0.0, 1.0, help="levels or codebook entries, as fractions of the row's largest; row scales, relative")
     lr_clips: float = number(1e-3, 0.0, 1.0, help="clips")
     lr_knees: float = number(1e-3, 0.0, 1.0, help="knees")

@@ -8,9 +8,9 @@ All groups go at once: tensors are `(n, G)`, and each round is a handful of redu
 
 **A table.** In codebook mode a group may only pick one of 256 quadruples, and what matters is the true cost of each choice:
 `cost(g, e) = sum_i h_i min_c (w_i - e_c)^2`. Trying every entry on every weight costs 1000 operations a weight. Instead each
-group is turned into a *histogram*: importance `H0` and moment `H1` in 96 bins. Inside a bin the nearest level is (almost
+group is turned into a *histogram*: importance `H0` and moment `H1` in 128 bins, fine near zero and coarse in the tails. Inside a bin the nearest level is (almost
 always) the same, so up to a constant `cost = sum_bins H0 * e_c(bin)^2 - 2 * H1 * e_c(bin)`: a matrix product of histograms
-`(n, 2 * 96)` with a table of bins `(2 * 96, 256)`. Only bins that a midpoint cuts are approximate; a *shortlist* of the best
+`(n, 2 * 128)` with a table of bins `(2 * 128, 256)`. Only bins that a midpoint cuts are approximate; a *shortlist* of the best
 few entries is therefore compared by the true cost (a test holds the result against the full search: within 0.1 %). A first
 attempt ranked entries by their distance from the group's own optimum instead; its choices cost 10 to 20 % more.
 Fitting the table is weighted k-means: optima of single groups clustered first, then rounds with true assignments.
@@ -20,15 +20,18 @@ Everything here is float32, deterministic for a given seed, and runs on any devi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lbllm_core.quant.uniform import fit_affine, nearest_affine
 from lbllm_core.quant.weight import TINY, midpoints, nearest_codes, take_levels, weighted_error
 
-BINS = 96
+BINS = 128
 CHUNK = 16384  # groups at a time: bounds memory
-RANGE = 4.0  # bins cover +- 4 units: weights are given in units of their row's root mean square
+REACH = 64.0  # bins cover +- 64 units (of the row's root mean square), fine near zero and coarse in the tails
+BEND = 4.0  # where they turn from linear to logarithmic
 
 
 def level_masses(w: Tensor, h: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +101,8 @@ def _distances(mass: Tensor, own: Tensor, table: Tensor) -> Tensor:
 
 def _histograms(w: Tensor, h: Tensor) -> Tensor:
     """Importance and moment of each group in each bin: w, h `(n, G)` -> `(n, 2 * BINS)`."""
-    at = ((w + RANGE) * (BINS / (2 * RANGE))).long().clamp_(0, BINS - 1)
+    scale = BINS / (2 * math.asinh(BEND * REACH))
+    at = (torch.asinh(w * BEND) * scale + BINS / 2).long().clamp_(0, BINS - 1)
     made = torch.zeros(w.shape[0], 2 * BINS, device=w.device, dtype=w.dtype)
     made.scatter_add_(1, at, h)
     return made.scatter_add_(1, at + BINS, h * w)
@@ -106,8 +110,8 @@ def _histograms(w: Tensor, h: Tensor) -> Tensor:
 
 def _bin_costs(table: Tensor) -> Tensor:
     """What a unit of importance and of moment costs in each bin under each entry: `(k, 4)` -> `(2 * BINS, k)`."""
-    width = 2 * RANGE / BINS
-    centre = torch.arange(BINS, device=table.device, dtype=table.dtype) * width + (0.5 * width - RANGE)
+    scale = BINS / (2 * math.asinh(BEND * REACH))
+    centre = torch.sinh((torch.arange(BINS, device=table.device, dtype=table.dtype) + 0.5 - BINS / 2) / scale) / BEND
     level = take_levels(table, nearest_codes(centre.expand(table.shape[0], -1), table))
     return torch.cat([level.square(), -2 * level], dim=1).T.contiguous()
 

@@ -30,7 +30,9 @@ from lbllm_core.model.student import BlockState
 from lbllm_core.quant.error_compensation import inverse_factor, quantize_columns
 from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels
 from lbllm_core.quant.uniform import fit_affine, round_to_nearest
-from lbllm_core.quant.weight import GRID, QuantizedWeight, dequantize, from_real_levels, n_groups, snap, split_groups, to_grid
+from lbllm_core.quant.weight import GRID, QuantizedWeight, dequantize, from_real_levels, n_groups, snap, split_groups, to_grid, weighted_error
+
+GRID_SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17)  # of the largest entry, tried as the end of the int8 grid
 
 
 @torch.no_grad()
@@ -43,7 +45,8 @@ def collect_statistics(job: BlockJob) -> dict[str, SiteStatistics]:
     def hook(site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def collect(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0].detach().flatten(0, -2).float()
-            sums[site] = sums.get(site, 0) + x.T @ x
+            with torch.autocast(x.device.type, enabled=False):  # second moments are float32, whatever the block computes in
+                sums[site] = sums.get(site, 0) + x.T @ x
             peak = x.abs().amax(0)
             largest[site] = torch.maximum(largest[site], peak) if site in largest else peak
 
@@ -99,6 +102,23 @@ def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, s
             figures[f"snap_error/{path}"] = snapped / max(error, 1e-30) - 1
     order = {path: made[path] for path in SITE_OF}
     return BlockState(linears=order, norms=norms, biases=biases, latents={path: latents[path] for path in SITE_OF}), figures
+
+
+def _on_grid(table: Tensor, w: Tensor, h: Tensor, shortlist: int) -> tuple[Tensor, Tensor]:
+    """The table as it will be stored: entries are multiples of one unit, at most 127 of them.
+
+    A few groups that hold outlier columns make a few entries large; a unit that covers them is too coarse for the rest. So
+    the unit of least error on the sample is taken, and what lies beyond it is clipped. Returns the table and the unit.
+    """
+    largest = table.abs().max().clamp_min(1e-12)
+    best, best_unit, best_error = table, largest / GRID, float("inf")
+    for share in GRID_SHARES:
+        unit = largest * share / GRID
+        candidate = to_grid(table / unit) * unit
+        error = float(weighted_error(w, h, candidate[choose_entries(w, h, candidate, shortlist)]).sum())
+        if error < best_error:
+            best, best_unit, best_error = candidate, unit, error
+    return best, best_unit
 
 
 def _relative_error(w: Tensor, made: Tensor, importance: Tensor) -> float:
@@ -157,8 +177,7 @@ def _with_codebook(
     flat, flat_weight = grouped.flatten(0, 1), weight.expand_as(grouped).flatten(0, 1)
     sample = torch.randperm(len(flat), generator=generator)[: config.codebook_sample].to(w.device)
     table = fit_codebook(flat[sample], flat_weight[sample], scheme.codebook_size, config.codebook_rounds, config.codebook_shortlist, generator, scheme.level_family == "affine")
-    table_unit = table.abs().max().clamp_min(1e-12) / GRID
-    table = to_grid(table / table_unit) * table_unit  # choose among entries as they will be stored
+    table, table_unit = _on_grid(table, flat[sample], flat_weight[sample], config.codebook_shortlist)
     group_codes = torch.empty(w.shape[0], grouped.shape[1], dtype=torch.uint8, device=w.device)
 
     def choose(columns: Tensor, first: int, group: int) -> Tensor:

@@ -1,0 +1,144 @@
+"""The bodies of the pipeline's steps: load what came before, run a stage, write what comes after.
+
+    step                 reads                      writes into its folder
+    evaluate_teacher     -                          metrics only
+    ptq_init             -                          student: block_000.safetensors ..., student.json, curves.json
+    weight_distill       student                    student
+    act_quant            student                    student
+    end_to_end           student                    student
+    pack_and_benchmark   student                    packed/ (a model folder), bits.json, benchmark.json
+    evaluate_model       packed, teacher            metrics only
+
+Stages are pure; files are touched here and in the ledger. `curves.json` holds what is a curve rather than a number:
+`{"name": [[index, value], ...]}`, such as the error of each block. A step that died is called again with the same folder and
+goes on from its ledger.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm_core.config import RunConfig
+from lbllm_core.engine.block_sweep import SweepPlan, Work, sweep
+from lbllm_core.engine.hardware import Hardware, resolve
+from lbllm_core.engine.ledger import Ledger, write_atomic
+from lbllm_core.engine.progress import Report
+from lbllm_core.engine.step import Metrics, StepContext
+from lbllm_core.model.blocks import Decoder
+from lbllm_core.model.student import BlockState, block_file, load_block, state_tensors
+
+STUDENT_SCHEMA = 1
+
+
+class _Bench:
+    """What every stage needs on its table: the teacher on the device, tokens, hardware."""
+
+    def __init__(self, config: RunConfig, home: Path, sequences: int):
+        from lbllm_core.data.tokens import calibration_tokens
+        from lbllm_core.model.load import load_teacher
+
+        self.hardware: Hardware = resolve(config.hardware)
+        teacher = load_teacher(config.model, home)
+        self.ids: Tensor = calibration_tokens(config, teacher.tokenizer)[:sequences].to(self.hardware.device)
+        self.decoder = Decoder(teacher.model.to(self.hardware.device).requires_grad_(False))
+        self.tokenizer = teacher.tokenizer
+
+
+def ptq_init(context: StepContext) -> Metrics:
+    """Stage 1. Metrics: mean weighted error of the linears, mean extra error of the int8 snap, effective bits."""
+    from lbllm_core.stages.ptq_init import quantize_block
+
+    c = context.config
+    bench = _Bench(c, context.home, c.ptq_init.sequences)
+    figures = _sweep(bench, lambda job: quantize_block(job, c.scheme, c.ptq_init, c.seed), SweepPlan("ptq_init", False), context)
+    errors = [v for block in figures for k, v in block.items() if k.startswith("weight_error/")]
+    snaps = [v for block in figures for k, v in block.items() if k.startswith("snap_error/")]
+    curves = {"weight_error": [sum(v for k, v in b.items() if k.startswith("weight_error/")) / 7 for b in figures]}
+    _finish(context.folder, "ptq_init", c, len(figures), curves)
+    return {"stage1/weight_error": sum(errors) / len(errors), "stage1/snap_error_added": sum(snaps) / len(snaps)}
+
+
+def weight_distill(context: StepContext) -> Metrics:
+    """Stage 2. Metrics: mean and last-block relative error of the blocks' outputs."""
+    from lbllm_core.stages.weight_distill import distill_block
+
+    c = context.config
+    bench = _Bench(c, context.home, c.weight_distill.sequences)
+    start = context.inputs["student"]
+    plan = SweepPlan("weight_distill", True, target_on_student_stream=c.weight_distill.target == "student")
+    figures = _sweep(bench, lambda job: distill_block(job, load_block(start, job.index, "none"), c.weight_distill, c.seed), plan, context)
+    return _block_metrics("stage2", figures, context)
+
+
+def act_quant(context: StepContext) -> Metrics:
+    """Stage 3. Metrics as stage 2, now with quantized activations."""
+    from lbllm_core.stages.act_quant import refine_block
+
+    c, s = context.config, context.config.scheme
+    bench = _Bench(c, context.home, c.act_quant.sequences)
+    start = context.inputs["student"]
+    variant, act_group = activation_format(c)
+    plan = SweepPlan("act_quant", True, variant=variant, act_group_size=act_group, kv_bits=s.kv_bits)
+    figures = _sweep(bench, lambda job: refine_block(job, load_block(start, job.index, "none"), s, c.act_quant, c.seed), plan, context)
+    return _block_metrics("stage3", figures, context)
+
+
+def end_to_end(context: StepContext) -> Metrics:
+    """Stage 4. Metrics: mean loss of the first and of the last fifth of the steps."""
+    from lbllm_core.stages.end_to_end import Refinement, refine
+
+    c = context.config
+    bench = _Bench(c, context.home, c.dataset.sequences)
+    variant, act_group = activation_format(c)
+    states = [load_block(context.inputs["student"], i, variant, act_group) for i in range(len(bench.decoder.blocks))]
+    refinement = Refinement(bench.decoder, c.end_to_end, bench.hardware, c.seed)
+    ledger = Ledger(context.folder, "checkpoint")
+    states, history = refine(refinement, bench.ids, states, c.scheme.kv_bits, ledger, context.report)
+    blocks = Ledger(context.folder)
+    for index, state in enumerate(states):
+        blocks.save(index, state_tensors(state), {})
+    for leftover in context.folder.glob("checkpoint_*"):
+        leftover.unlink()
+    losses = [h["loss"] for h in history]
+    _finish(context.folder, "end_to_end", c, len(states), {"loss": losses})
+    fifth = max(1, len(losses) // 5)
+    return {"stage4/kl_first": sum(losses[:fifth]) / fifth, "stage4/kl_last": sum(losses[-fifth:]) / fifth} if losses else {}
+
+
+def activation_format(c: RunConfig) -> tuple[str, int]:
+    """Variant name and channel group of a config's activations; `none` where they stay as they are."""
+    variant = c.scheme.act_variant if c.scheme.act_bits == 4 else "none"
+    return variant, c.scheme.act_group_size if variant == "per_group" else 0
+
+
+def _sweep(bench: _Bench, work: Work, plan: SweepPlan, context: StepContext) -> list[dict[str, float]]:
+    return sweep(bench.decoder, bench.ids, work, plan, Ledger(context.folder), bench.hardware, context.report)
+
+
+def _block_metrics(section: str, figures: list[dict[str, float]], context: StepContext) -> Metrics:
+    errors = [b["block_rel_mse"] for b in figures]
+    curves = {name: [b[name] for b in figures] for name in ("block_rel_mse", "loss_before", "loss_after") if all(name in b for b in figures)}
+    step = {"stage2": "weight_distill", "stage3": "act_quant"}[section]
+    _finish(context.folder, step, context.config, len(figures), curves)
+    return {f"{section}/block_rel_mse_mean": sum(errors) / len(errors), f"{section}/block_rel_mse_last": errors[-1]}
+
+
+def _finish(folder: Path, stage: str, c: RunConfig, n_blocks: int, curves: dict[str, list[float]]) -> None:
+    """The files that make a folder a student: what it is, and its curves."""
+    missing = [block_file(folder, i).name for i in range(n_blocks) if not block_file(folder, i).exists()]
+    assert not missing, missing
+    _write_json(folder / "student.json", {"schema": STUDENT_SCHEMA, "stage": stage, "n_blocks": n_blocks, "scheme": asdict(c.scheme)})
+    _write_json(folder / "curves.json", {name: [[i, v] for i, v in enumerate(values)] for name, values in curves.items()})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, sort_keys=True, indent=1).encode())
+
+
+__all__ = ["BlockState", "Report", "act_quant", "activation_format", "end_to_end", "ptq_init", "replace", "torch", "weight_distill"]
