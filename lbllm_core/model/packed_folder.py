@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import pack_codes, pack_levels
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -104,11 +105,8 @@ def block_tensors(state: BlockState, scheme: PackedScheme, biases: Mapping[str, 
         if bias is not None:
             made[f"{path}.bias"] = bias.detach().float().cpu()
     for site in SITES:
-        f = state.sites.get(site)
-        if f is None and scheme.act_bits < 16:
-            raise ModelError(f"the student has no activation factors for site {site}; run the act_quant step, or choose scheme.act_bits=16")
-        numbers = [1.0, 1.0, 0.25, 0.25] if f is None else [f.clip_max, f.clip_min, f.knee_low, f.knee_high]
-        made[f"act_sites.{site}.factors"] = torch.tensor(numbers, dtype=torch.float32)
+        f = state.sites.get(site, ActFactors("none"))  # before stage 3 a site has the untrained numbers, which are the defaults
+        made[f"act_sites.{site}.factors"] = torch.tensor([f.clip_max, f.clip_min, f.knee_low, f.knee_high], dtype=torch.float32)
     return made | {f"{norm}.weight": narrow(weight.detach().cpu())[0] for norm, weight in state.norms.items()}
 
 

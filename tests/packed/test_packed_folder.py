@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from lbllm_kernels.activation import ActFactors
 from safetensors.torch import load_file, save_file
 
 from lbllm_core.errors import ArtifactError, ModelError
@@ -173,11 +174,12 @@ def test_too_few_blocks_are_refused(scheme, make_teacher, make_student, tmp_path
         pack_student(teacher, make_student(teacher, scheme)[:1], tmp_path, scheme)
 
 
-def test_a_student_without_factors_is_refused(scheme, make_teacher, make_student, tmp_path):
+def test_a_student_without_factors_gets_the_untrained_ones(scheme, make_teacher, make_student, tmp_path):
+    """After stage 1 no site has been trained: the packed model still quantizes activations, with the defaults."""
     teacher = make_teacher()
     states = [dataclasses.replace(s, sites={}) for s in make_student(teacher, scheme)]
-    with pytest.raises(ModelError, match="no activation factors for site qkv"):
-        pack_student(teacher, states, tmp_path, scheme)
+    pack_student(teacher, states, tmp_path, scheme)
+    assert load_packed(tmp_path).model.layers[0].act_sites["o"].values == ActFactors("piecewise")
 
 
 def test_per_group_activations_are_refused(scheme, make_teacher, make_student, tmp_path):
