@@ -4,13 +4,7 @@ lm-eval keeps what makes the figures comparable: the task's prompt, the split of
 their standard errors. Each task is a generated YAML file that includes the stock one and points it at local files, so the
 harness neither scans its thousands of tasks (12 s) nor asks a network for data.
 
-Scoring is ours, because on a processor it is most of the time. A choice is scored by `sum_t log p(y_t | context, y_<t)`:
-- choices of one question share its tokens: a row is `context, y1, y2, ...`, each choice with the positions it would have had
-  alone and a mask that hides the others (PIQA 18 %, four-choice tasks about half of the tokens saved);
-- rows are sorted by length and batched by a token budget, not by a fixed count;
-- the head and the log-softmax run on the positions of the continuations alone: with 49152 tokens in the vocabulary that is a
-  fraction of the work and of the memory.
-A test holds it against lm-eval's own HFLM.
+Scoring is ours (`choice_scores.py`), because on a processor it is most of the time.
 
 A limited run (`limit` examples a task, the first ones; a subject of MMLU is a task) says so in the metric's name: `acc_piqa_n200`.
 """
@@ -23,22 +17,20 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lbllm_core.data import tasks as task_data
 from lbllm_core.data.tasks import TaskSource
 from lbllm_core.engine.progress import Progress, Report, silent
-from lbllm_core.errors import DataError, NumericalError
+from lbllm_core.errors import DataError
+from lbllm_core.evaluation.choice_scores import score
 
 METRICS = ("acc", "acc_norm")
 FEWSHOT = {task_data.MMLU: 5}
 SEED = 1234
-HEAD_ROWS = 256  # positions whose logits are alive at once
 STOCK = {
     "piqa": "piqa/piqa.yaml",
     "arc_easy": "arc/arc_easy.yaml",
@@ -167,118 +159,6 @@ def _scorer(model: nn.Module, tokenizer: Any, add_bos: bool, batch_tokens: int, 
             raise DataError("tasks that generate text are not supported; choose multiple-choice tasks")
 
     return Scorer()
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One input: a context and the continuations that branch off it; `members` are their places among the answers."""
-
-    context: Sequence[int]
-    continuations: Sequence[Sequence[int]]
-    members: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
-
-
-@torch.no_grad()
-def score(
-    model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], max_length: int, batch_tokens: int = 2048, done: Any = lambda done, total: None
-) -> list[tuple[float, bool]]:
-    """For each (context ids, continuation ids): the continuation's log-likelihood, and whether it is the greedy one.
-
-    What is too long for `max_length` loses its first tokens, the context's first. Raises NumericalError when a likelihood is not finite.
-    """
-    answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    finished = 0
-    for batch in _batches(sorted(_rows(pairs, max_length, batch_tokens), key=len, reverse=True), batch_tokens):
-        for index, answer in _answers(model, batch):
-            if not math.isfinite(answer[0]):
-                raise NumericalError(f"the likelihood of choice {index} is not finite; look at the model's weights and scales")
-            answers[index] = answer
-            finished += 1
-        done(finished, len(pairs))
-    return answers
-
-
-def _rows(pairs: Sequence[tuple[list[int], list[int]]], max_length: int, batch_tokens: int) -> list[_Row]:
-    """Choices with one context in one row, as long as all of it fits; the others alone, cut on the left."""
-    together: dict[tuple[int, ...], list[int]] = {}
-    rows: list[_Row] = []
-    for index, (context, _) in enumerate(pairs):
-        together.setdefault(tuple(context), []).append(index)
-    for prefix, members in together.items():
-        shared = _Row(prefix, [pairs[i][1] for i in members], members)
-        if len(prefix) + max(len(c) for c in shared.continuations) - 1 <= max_length and len(shared) <= batch_tokens:
-            rows.append(shared)
-            continue
-        for index in members:
-            kept = (list(prefix) + pairs[index][1])[-(max_length + 1) :]
-            width = min(len(pairs[index][1]), len(kept) - 1)
-            rows.append(_Row(kept[:-width], [kept[-width:]], [index]))
-    return rows
-
-
-def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[Sequence[_Row]]:
-    """Runs of rows, longest first, whose padded size stays within the budget; at least one row each."""
-    start = 0
-    while start < len(rows):
-        stop = start + max(1, batch_tokens // len(rows[start]))
-        yield rows[start:stop]
-        start = stop
-
-
-def _answers(model: nn.Module, batch: Sequence[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """(place, (log-likelihood, greedy)) of every continuation in the batch."""
-    ids, positions, visible = _layout(batch)
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    inputs: dict[str, Any] = {"input_ids": ids.to(parameter.device), "use_cache": False}
-    if any(len(row.continuations) > 1 for row in batch):
-        inputs |= {"position_ids": positions.to(parameter.device), "attention_mask": visible[:, None].to(parameter.device)}
-    states: Tensor = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
-    rows, places, wanted, owners = [], [], [], []
-    for r, row in enumerate(batch):
-        start = len(row.context)
-        for index, continuation in zip(row.members, row.continuations, strict=True):
-            places += [len(row.context) - 1, *range(start, start + len(continuation) - 1)]
-            start += len(continuation) - 1
-            rows += [r] * len(continuation)
-            wanted += list(continuation)
-            owners.append((index, len(continuation)))
-    values, greedy = _token_scores(model, states[rows, places], torch.tensor(wanted, device=states.device))
-    done = 0
-    for index, width in owners:
-        yield index, (float(values[done : done + width].double().sum()), bool(greedy[done : done + width].all()))
-        done += width
-
-
-def _token_scores(model: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of each wanted token `(n,)` and whether it is the likeliest, from hidden states `(n, hidden)`, HEAD_ROWS at a time."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    values, greedy = [], []
-    for part, tokens in zip(torch.split(hidden, HEAD_ROWS), torch.split(wanted, HEAD_ROWS), strict=True):
-        logits = head(part).float()
-        values.append((logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).cpu())
-        greedy.append((logits.argmax(1) == tokens).cpu())
-    return torch.cat(values), torch.cat(greedy)
-
-
-def _layout(batch: Sequence[_Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions `(rows, tokens)`, and who sees whom `(rows, tokens, tokens)`; padding, on the right, is seen by nobody else."""
-    width = max(map(len, batch))
-    ids, positions = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
-    branch = torch.full((len(batch), width), -1)
-    for r, row in enumerate(batch):
-        shared, start = len(row.context), len(row.context)
-        ids[r, :shared], positions[r, :shared], branch[r, :shared] = torch.tensor(row.context), torch.arange(shared), 0
-        for number, continuation in enumerate(row.continuations, 1):
-            stop = start + len(continuation) - 1
-            ids[r, start:stop] = torch.tensor(continuation[:-1], dtype=torch.long)
-            positions[r, start:stop], branch[r, start:stop] = torch.arange(shared, shared + stop - start), number
-            start = stop
-    before = torch.ones(width, width, dtype=torch.bool).tril()
-    related = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
-    return ids, positions, before & related
 
 
 @contextmanager

@@ -173,6 +173,24 @@ def test_digest_follows_content_column_and_held_out_text(root):
     assert tokens.data_digest(config) != before
 
 
+def test_evaluation_digest_follows_files_and_names(root):
+    from lbllm_core.config import EvaluationConfig
+
+    def digest(*protocols_: str, tasks: tuple[str, ...] = ()) -> str:
+        return tokens.evaluation_digest(RunConfig(evaluation=EvaluationConfig(protocols=protocols_, tasks=tasks)))
+
+    file = root / protocols.PTB_FILE
+    with pytest.raises(DataError, match=r"no text/ptb/ptb\.test\.txt"):
+        digest("ppl_ptb_s2048")
+    file.parent.mkdir(parents=True)
+    file.write_text("one sentence")
+    before = digest("ppl_ptb_s2048")
+    assert digest("ppl_ptb_s1024") != before
+    assert digest("ppl_ptb_s2048", tasks=("piqa",)) != before
+    file.write_text("another sentence")
+    assert digest("ppl_ptb_s2048") != before
+
+
 def test_held_out_documents_never_calibrate(root):
     """They leave from every file, also from one that repeats them under another name."""
     documents = [f"document number {i} with some words" for i in range(300)]

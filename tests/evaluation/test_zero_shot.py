@@ -10,7 +10,8 @@ import torch
 from lbllm_core.data import tasks as task_data
 from lbllm_core.data.text import package_data, read_columns
 from lbllm_core.errors import ConfigError, DataError, NumericalError
-from lbllm_core.evaluation.zero_shot import _batches, _named, _Row, _rows, score, zero_shot
+from lbllm_core.evaluation.choice_scores import _batches, _Row, _rows, score
+from lbllm_core.evaluation.zero_shot import _named, zero_shot
 
 LIMIT = 4
 

@@ -211,6 +211,21 @@ def test_hub_out_of_reach_names_offline_ways(monkeypatch, tmp_path):
         load_teacher(ModelConfig(source="hub", path="meta-llama/Llama-2-7b-hf"), tmp_path)
 
 
+def test_gated_and_unknown_hub_models_say_what_to_do(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    for error, message in ((GatedRepoError, "gated: accept its licence"), (RepositoryNotFoundError, "the hub has no model")):
+        raised = error.__new__(error)  # its own constructor wants a response of the HTTP library
+
+        def refuse(*_: object, raised: BaseException = raised, **__: object) -> str:
+            raise raised
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+        with pytest.raises(ModelError, match=message):
+            load_teacher(ModelConfig(source="hub", path="meta-llama/Llama-2-7b-hf"), tmp_path)
+
+
 def test_unknown_package_and_file_are_named(tmp_path):
     with pytest.raises(ModelError, match="no-such-package is not installed"):
         load_teacher(ModelConfig(source="package", path="no-such-package", file="a.gguf"), tmp_path)
