@@ -22,6 +22,7 @@
 namespace {
 
 constexpr int kAvx2 = 1, kVnni = 2, kAmx = 4;
+constexpr int64_t kSlab = 64;  // tokens: a multiple of the blocks that every path works in
 constexpr int64_t kWorkPerThread = 1 << 18;  // products below which a second thread costs more than it brings
 
 // AMX needs the kernel's permission, once a process (ARCH_REQ_XCOMP_PERM, XTILEDATA).
@@ -47,22 +48,21 @@ int detect() {
   return found;
 }
 
+// body(first, last) on consecutive shares of [0, items), one a thread.
 template <class Body>
-void parallel(int64_t items, int64_t align, int threads, const Body& body) {
-  const int64_t blocks = (items + align - 1) / align;
-  if (threads > blocks) threads = static_cast<int>(blocks);
+void parallel(int64_t items, int threads, const Body& body) {
+  if (threads > items) threads = static_cast<int>(items);
 #if defined(_OPENMP)
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
       const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-      const int64_t first = blocks * i / n * align, last = blocks * (i + 1) / n * align;
-      if (first < items && first < last) body(first, last < items ? last : items);
+      if (items * i / n < items * (i + 1) / n) body(items * i / n, items * (i + 1) / n);
     }
     return;
   }
 #endif
-  body(static_cast<int64_t>(0), items);
+  if (items > 0) body(static_cast<int64_t>(0), items);
 }
 
 int useful_threads(int64_t work, int threads) {
@@ -95,17 +95,31 @@ void lut8_quantize(const float* x, int64_t m, int64_t in, int32_t top, float cli
                    uint8_t* q, int64_t stride, float* scale, int32_t* zero, int32_t interleave, int32_t level, int32_t threads) {
   const lut8::Factors factors{top, clip_max, clip_min, knee_low, knee_high};
   const auto run = level >= 2 ? lut8::quantize_avx512 : lut8::quantize_avx2;
-  parallel(m, 1, useful_threads(8 * m * in, threads),
+  parallel(m, useful_threads(8 * m * in, threads),
            [&](int64_t first, int64_t last) { run(x, in, factors, q, stride, scale, zero, interleave != 0, first, last); });
 }
 
 // Products of interleaved q; level 1 AVX2, 2 AVX-512, 3 AMX (q padded to whole blocks of 16 tokens). acc not null: raw sums only.
 void lut8_matmul(const lut8::Lut8Weight* w, const uint8_t* q, int64_t stride, int64_t m, const float* scale, const int32_t* zero,
                  float* y, int32_t* acc, int32_t level, int32_t threads) {
-  const lut8::Product product{q, stride, m, scale, zero, y, acc};
   const auto run = level >= 3 ? lut8::matmul_amx : level == 2 ? lut8::matmul_avx512 : lut8::matmul_avx2;
-  parallel(w->tiles, level >= 3 ? 2 : 1, useful_threads(m * w->out * w->in, threads),
-           [&](int64_t first, int64_t last) { run(*w, product, first, last); });
+  threads = useful_threads(m * w->out * w->in, threads);
+  // Rows are cut among threads; where there are more threads than pairs of tiles, tokens are cut too, into slabs of whole blocks.
+  const int64_t width = level >= 3 ? 2 : 1, blocks = (w->tiles + width - 1) / width;
+  int64_t slabs = threads > blocks ? threads / blocks : 1;
+  if (slabs > m / kSlab) slabs = m / kSlab > 0 ? m / kSlab : 1;
+  const int64_t tokens = ((m + slabs - 1) / slabs + kSlab - 1) / kSlab * kSlab;
+  parallel(blocks * slabs, threads, [&](int64_t first, int64_t last) {
+    while (first < last) {
+      const int64_t slab = first / blocks, end = (slab + 1) * blocks < last ? (slab + 1) * blocks : last;
+      const int64_t at = slab * tokens, count = m - at < tokens ? m - at : tokens;
+      const int64_t tile = (first - slab * blocks) * width, stop = (end - slab * blocks) * width;
+      const lut8::Product part{q + at * stride, stride, count, scale + at, zero + at, y ? y + at * w->out : nullptr,
+                               acc ? acc + at * w->out : nullptr};
+      if (count > 0) run(*w, part, tile, stop < w->tiles ? stop : w->tiles);
+      first = end;
+    }
+  });
 }
 
 // A few tokens, quantized and multiplied in one call: a decode step is too short to pay for two. q, scale and zero live in

@@ -76,15 +76,18 @@ def test_a_panel_larger_than_the_scratch(level):
 
 
 @needs_build
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_nothing(threads):
-    packed = random_packed(600, 1024, 32, "codebook")
-    x = torch.randn(40, 1024, generator=torch.Generator().manual_seed(0))
+@each_level
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 13])
+@pytest.mark.parametrize(("m", "out"), [(40, 600), (300, 40), (129, 16), (64, 33)])
+def test_threads_change_nothing(level, threads, m, out):
+    """More threads than tiles of rows: tokens are cut too."""
+    packed = random_packed(out, 1024, 32, "codebook")
+    x = torch.randn(m, 1024, generator=torch.Generator().manual_seed(0))
     expected = reference.linear(x, packed, ActFactors("piecewise"))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(cpu.linear(cpu.quantize(x, ActFactors("piecewise")), cpu.CpuWeight(packed)), expected)
+        assert torch.equal(cpu.linear(cpu.quantize(x, ActFactors("piecewise")), cpu.CpuWeight(packed), level), expected)
     finally:
         torch.set_num_threads(before)
 
