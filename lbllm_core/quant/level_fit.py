@@ -145,6 +145,7 @@ def _update_entries(w: Tensor, h: Tensor, table: Tensor, entry: Tensor) -> tuple
 def _revive(table: Tensor, used: Tensor, own: Tensor, cost: Tensor) -> Tensor:
     """Entries that no group uses move to the optima of the groups that are served worst."""
     dead = (used <= TINY).nonzero().squeeze(1)
+    dead = dead[: len(own)]
     if len(dead):
         table = table.clone()
         table[dead] = own[cost.topk(len(dead)).indices]

@@ -32,6 +32,7 @@ from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels
 from lbllm_core.quant.uniform import fit_affine, round_to_nearest
 from lbllm_core.quant.weight import GRID, QuantizedWeight, dequantize, from_real_levels, n_groups, snap, split_groups, to_grid, weighted_error
 
+LARGEST = 8.0  # in units of the row's root mean square
 GRID_SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17)  # of the largest entry, tried as the end of the int8 grid
 
 
@@ -104,6 +105,24 @@ def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, s
     return BlockState(linears=order, norms=norms, biases=biases, latents={path: latents[path] for path in SITE_OF}), figures
 
 
+def _sample(w: Tensor, h: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`size` groups that stand for all: the heaviest quarter surely, the rest at random with their importance scaled up.
+
+    A handful of weights (those that make the massive activations of first tokens) carry most of a layer's weighted energy. A
+    table fitted on a plain random sample does not know them, and the model is destroyed with hardly any error on average.
+    """
+    if len(w) <= size:
+        return w, h
+    energy = (h * w.square()).sum(-1)
+    sure = energy.topk(size // 4).indices
+    rest = torch.ones(len(w), dtype=torch.bool, device=w.device)
+    rest[sure] = False
+    others = rest.nonzero().squeeze(1)
+    drawn = others[torch.randperm(len(others), generator=generator)[: size - len(sure)].to(w.device)]
+    scale = len(others) / len(drawn)
+    return torch.cat([w[sure], w[drawn]]), torch.cat([h[sure], h[drawn] * scale])
+
+
 def _on_grid(table: Tensor, w: Tensor, h: Tensor, shortlist: int) -> tuple[Tensor, Tensor]:
     """The table as it will be stored: entries are multiples of one unit, at most 127 of them.
 
@@ -169,15 +188,16 @@ def _with_codebook(
 ) -> tuple[QuantizedWeight, Tensor]:
     """Fit the table on a sample of groups, then let each group pick its entry on the compensated weights.
 
-    Rows are brought to unit root mean square first, so that one table serves all of them.
+    Rows are brought to unit root mean square first, so that one table serves all of them; a row with a single huge weight is
+    brought to a largest weight of `LARGEST` instead, so that it does not stretch the int8 grid of everybody's table.
     """
-    unit = w.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    unit = torch.maximum(w.square().mean(1, keepdim=True).sqrt(), w.abs().amax(1, keepdim=True) / LARGEST).clamp_min(1e-12)
     grouped = split_groups(w / unit, scheme.group_size)
     weight = split_groups(importance[None], scheme.group_size) * unit[:, :, None].square() / unit.square().mean()
     flat, flat_weight = grouped.flatten(0, 1), weight.expand_as(grouped).flatten(0, 1)
-    sample = torch.randperm(len(flat), generator=generator)[: config.codebook_sample].to(w.device)
-    table = fit_codebook(flat[sample], flat_weight[sample], scheme.codebook_size, config.codebook_rounds, config.codebook_shortlist, generator, scheme.level_family == "affine")
-    table, table_unit = _on_grid(table, flat[sample], flat_weight[sample], config.codebook_shortlist)
+    flat, flat_weight = _sample(flat, flat_weight, config.codebook_sample, generator)
+    table = fit_codebook(flat, flat_weight, scheme.codebook_size, config.codebook_rounds, config.codebook_shortlist, generator, scheme.level_family == "affine")
+    table, table_unit = _on_grid(table, flat, flat_weight, config.codebook_shortlist)
     group_codes = torch.empty(w.shape[0], grouped.shape[1], dtype=torch.uint8, device=w.device)
 
     def choose(columns: Tensor, first: int, group: int) -> Tensor:
