@@ -6,7 +6,7 @@
     weight_distill       student                    student
     act_quant            student                    student
     end_to_end           student                    student
-    pack_and_benchmark   student                    packed/ (a model folder), bits.json, benchmark.json
+    pack_and_benchmark   student                    packed/ (a model folder), packing.json
     evaluate_model       packed, teacher            metrics only
 
 Stages are pure; files are touched here and in the ledger. `curves.json` holds what is a curve rather than a number:
@@ -21,16 +21,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from lbllm_kernels.activation import ActFactors
 from torch import Tensor
 
 from lbllm_core.config import RunConfig
 from lbllm_core.engine.block_sweep import SweepPlan, Work, sweep
 from lbllm_core.engine.hardware import Hardware, resolve
 from lbllm_core.engine.ledger import Ledger, write_atomic
-from lbllm_core.engine.progress import Report
 from lbllm_core.engine.step import Metrics, StepContext
-from lbllm_core.model.blocks import Decoder
+from lbllm_core.model.blocks import SITES, Decoder
 from lbllm_core.model.student import BlockState, block_file, load_block, state_tensors
 
 STUDENT_SCHEMA = 1
@@ -111,6 +110,93 @@ def end_to_end(context: StepContext) -> Metrics:
     return {"stage4/kl_first": sum(losses[:fifth]) / fifth, "stage4/kl_last": sum(losses[-fifth:]) / fifth} if losses else {}
 
 
+def evaluate_teacher(context: StepContext) -> Metrics:
+    """The protocols and tasks of the config on the teacher in float32; its gate is checked by the pipeline."""
+    from lbllm_core.model.load import load_teacher
+
+    teacher = load_teacher(context.config.model, context.home)
+    return _measure(context, teacher.model, teacher.tokenizer)
+
+
+def pack_and_benchmark(context: StepContext) -> Metrics:
+    """Pack, check and time. Fails (GateError) on one differing integer, or when packed and fake-quantized logits part.
+
+    Metrics: bits itemised, bytes, integers compared, SQNR of the logits, and speed of packed model and teacher.
+    """
+    from lbllm_core.evaluation.packed_check import check_integers, check_logits, require
+    from lbllm_core.evaluation.speed import measure_packed, measure_teacher
+    from lbllm_core.model.load import load_teacher
+    from lbllm_core.model.packed_folder import load_packed, pack_student
+    from lbllm_core.model.student_block import fake_quant_model
+
+    c = context.config
+    teacher = load_teacher(c.model, context.home)
+    student, variant = context.inputs["student"], activation_format(c)
+    count = len(Decoder(teacher.model).blocks)
+    folder = context.folder / "packed"
+    packing = pack_student(teacher.model, (load_block(student, i, *variant) for i in range(count)), folder, c.scheme, teacher.tokenizer)
+    packed = load_packed(folder)
+    ids = _check_ids(c, teacher.tokenizer)
+    integers = check_integers(packed, ids)
+    fake = fake_quant_model(teacher.model, [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
+    logits = check_logits(packed, fake, ids)
+    require(integers, logits, c.pack.min_sqnr_db)
+    report = packing.metrics()
+    size = {"disk_mb": report["packed_bytes"] / 1e6, "teacher_disk_mb": report["teacher_fp32_bytes"] / 2e6, "effective_bpw": report["effective_bpw"]}
+    size |= {name: value for name, value in report.items() if name.startswith(("bpw_", "bytes_"))}
+    check = {"integers_compared": float(integers.compared), "integer_mismatches": float(integers.mismatches)}
+    check |= {"logits_sqnr_db": min(logits.logits_sqnr_db, 999.0), "worst_linear_sqnr_db": min(logits.worst_linear_sqnr_db, 999.0)}
+    detail = {"paths": list(integers.paths), "worst_linear": logits.worst_linear, "worst_block": logits.worst_block, "size": size, "check": check}
+    _write_json(context.folder / "packing.json", detail)
+    speed: dict[str, float] = {}
+    if c.pack.benchmark:
+        del teacher, fake, packed
+        amount = (c.pack.prefill_tokens, c.pack.decode_tokens, c.pack.repeats)
+        speed = measure_packed(folder, *amount)
+        speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount).items()}
+    sections = {"size": size, "pack": check, "speed": speed}
+    return {f"{section}/{name}": float(value) for section, figures in sections.items() for name, value in figures.items()}
+
+
+def evaluate_model(context: StepContext) -> Metrics:
+    """The protocols and tasks of the config on the packed model, through the integer path that dispatch chooses."""
+    from lbllm_core.model.load import load_teacher
+    from lbllm_core.model.packed_folder import load_packed
+
+    tokenizer = load_teacher(context.config.model, context.home).tokenizer
+    return _measure(context, load_packed(context.inputs["packed"] / "packed"), tokenizer)
+
+
+def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:
+    from lbllm_core.evaluation.perplexity import metric_name, perplexity, windows
+    from lbllm_core.evaluation.zero_shot import zero_shot
+
+    e = context.config.evaluation
+    found: dict[str, float] = {}
+    for protocol in e.protocols:
+        name = metric_name(protocol, context.config, tokenizer)
+        data = windows(protocol, context.config, tokenizer)
+        result = perplexity(lambda ids: model(ids, use_cache=False).logits, data, e.batch_tokens, context.report, name=name)
+        found |= {name: result.ppl, f"{name}_stderr": result.stderr}
+    if e.tasks:
+        found |= zero_shot(model, tokenizer, e.tasks, e.task_limit, add_bos=context.config.model.add_bos, batch_tokens=e.batch_tokens, report=context.report)
+    return found
+
+
+def _check_ids(c: RunConfig, tokenizer: Any) -> Tensor:
+    """One sequence of calibration text for the packed check, `(1, check_tokens)`."""
+    from lbllm_core.data.tokens import calibration_tokens
+
+    return calibration_tokens(c, tokenizer).flatten()[: min(c.pack.check_tokens, c.model.context)][None]
+
+
+def _with_sites(state: BlockState, variant: str) -> BlockState:
+    """Default factors where no stage has learned any (a packed model always has some)."""
+    if variant == "none" or state.sites:
+        return state
+    return replace(state, sites={site: ActFactors(variant) for site in SITES})
+
+
 def activation_format(c: RunConfig) -> tuple[str, int]:
     """Variant name and channel group of a config's activations; `none` where they stay as they are."""
     variant = c.scheme.act_variant if c.scheme.act_bits == 4 else "none"
@@ -139,6 +225,3 @@ def _finish(folder: Path, stage: str, c: RunConfig, n_blocks: int, curves: dict[
 
 def _write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, sort_keys=True, indent=1).encode())
-
-
-__all__ = ["BlockState", "Report", "act_quant", "activation_format", "end_to_end", "ptq_init", "replace", "torch", "weight_distill"]

@@ -88,7 +88,8 @@ class Ledger:
         """Tensors of a finished unit."""
         from safetensors.torch import load_file
 
-        return load_file(self._paths(index)[0])
+        tensors: dict[str, Tensor] = load_file(self._paths(index)[0])
+        return tensors
 
     def figures(self, index: int) -> dict[str, Any]:
         """Figures of a finished unit."""

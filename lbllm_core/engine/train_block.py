@@ -92,7 +92,8 @@ def _polarization(block: nn.Module, plan: TrainingPlan, progress: float) -> Tens
         return 0.0
     beta = plan.beta_start + (plan.beta_end - plan.beta_start) * progress
     terms: list[Any] = [m.polarization(beta) for m in block.modules() if isinstance(m, LatentBitmapWeight)]
-    return plan.polarize * sum(terms)
+    total: Tensor | float = plan.polarize * sum(terms)
+    return total
 
 
 class _LossWatch:

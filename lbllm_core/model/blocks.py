@@ -46,11 +46,12 @@ class Decoder:
         """Raises ModelError naming what is not supported."""
         self.model = model
         self.config: Any = model.config
-        self.base: Any = getattr(model, "model", None)
+        base: Any = getattr(model, "model", None)
         for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
-            if not hasattr(self.base, part):
+            if not hasattr(base, part):
                 raise ModelError(f"{_kind(model)} has no decoder part `{part}`: only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
-        self.blocks: list[nn.Module] = list(self.base.layers)
+        self.base: Any = base
+        self.blocks: list[nn.Module] = list(base.layers)
         head = model.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
             raise ModelError(f"{_kind(model)} has no linear output head")

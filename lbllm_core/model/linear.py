@@ -45,7 +45,7 @@ class _Select(torch.autograd.Function):
         return take_levels(levels, codes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (codes,) = ctx.saved_tensors
         to_levels = None
         if ctx.needs_input_grad[1]:
@@ -166,7 +166,7 @@ class _Bits(torch.autograd.Function):
         return torch.where(s, value_high, value_low)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes, difference = ctx.saved_tensors
         to_levels = torch.stack([(grad * (codes == c)).sum(-1) for c in range(4)], dim=-1)
         return grad, grad * difference, to_levels

@@ -69,9 +69,11 @@ def state_from_tensors(tensors: dict[str, Tensor], variant: str, act_group_size:
             biases[path] = tensors[f"{path}.bias"]
         if f"{path}.latent" in tensors:
             latents[path] = tensors[f"{path}.latent"].float()
-    sites = {
-        site: ActFactors(variant, *tensors[f"site.{site}"].tolist(), group_size=act_group_size) for site in SITES if f"site.{site}" in tensors
-    }
+    sites = {}
+    for site in SITES:
+        if f"site.{site}" in tensors:
+            clip_max, clip_min, knee_low, knee_high = tensors[f"site.{site}"].tolist()
+            sites[site] = ActFactors(variant, clip_max, clip_min, knee_low, knee_high, act_group_size)
     norms = {norm: tensors[f"{norm}.weight"] for norm in NORMS}
     return BlockState(linears=linears, norms=norms, biases=biases, sites=sites, latents=latents)
 

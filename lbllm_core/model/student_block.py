@@ -8,13 +8,14 @@ are `QuantLinear`, and where activations are quantized an `ActQuantizer` stands 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lbllm_core.model.blocks import NORMS, SITE_OF
+from lbllm_core.model.blocks import NORMS, SITE_OF, Decoder
 from lbllm_core.model.linear import FrozenWeight, LatentBitmapWeight, LearningRates, NearestWeight, QuantLinear
 from lbllm_core.model.smoothing import NORM_OF_SITE
 from lbllm_core.model.student import BlockState
@@ -60,9 +61,9 @@ def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits
             linear = QuantLinear(LatentBitmapWeight(q, state.latents[path].to(device), mode == "latent_soft"), bias)
         _replace(block, path, linear)
     for norm in NORMS:
-        weight = block.get_submodule(norm).weight
-        weight.data = state.norms[norm].to(device=device, dtype=weight.dtype)  # type: ignore[union-attr]
-        weight.requires_grad_(False)  # type: ignore[union-attr]
+        module: Any = block.get_submodule(norm)
+        module.weight.data = state.norms[norm].to(device=device, dtype=module.weight.dtype)
+        module.weight.requires_grad_(False)
     for site, factors in state.sites.items():
         if factors.variant != "none":
             _insert_quantizer(block, site, ActQuantizer(factors).to(device))
@@ -110,6 +111,27 @@ def _insert_quantizer(block: nn.Module, site: str, quantizer: ActQuantizer) -> N
     else:
         path = "self_attn.o_proj" if site == "o" else "mlp.down_proj"
         _replace(block, path, nn.Sequential(quantizer, block.get_submodule(path)))
+
+
+def fake_quant_model(teacher: nn.Module, states: Sequence[BlockState], kv_bits: int) -> nn.Module:
+    """A transformers model that computes with quantized weights in float arithmetic: what the packed model is held against.
+
+    Its modules have the teacher's names, and each linear quantizes its own input, as a packed linear does. Embedding, norm
+    and head are shared with the teacher.
+    """
+    view = Decoder(teacher)
+    memo: dict[int, Any] = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
+    for block in view.blocks:
+        memo[id(block)] = block
+    model = copy.deepcopy(teacher, memo)
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    for index, (block, state) in enumerate(zip(view.blocks, states, strict=True)):
+        plain = build_block(block, replace(state, sites={}), "fixed", kv_bits)
+        for path, site in SITE_OF.items():
+            if site in state.sites:
+                _replace(plain, path, nn.Sequential(ActQuantizer(state.sites[site]), plain.get_submodule(path)))
+        layers[index] = plain
+    return model.eval()
 
 
 def quant_linears(block: nn.Module) -> dict[str, QuantLinear]:

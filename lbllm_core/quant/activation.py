@@ -84,7 +84,7 @@ def fake_quantize(x: Tensor, variant: str, clip_max: Tensor, clip_min: Tensor, k
     elif variant == "per_group":
         short = -wide.shape[-1] % group_size
         padded = nn.functional.pad(wide, (0, short)) if short else wide
-        grouped = padded.unflatten(-1, (-1, group_size))
+        grouped = padded.reshape(*padded.shape[:-1], -1, group_size)
         made = _uniform(grouped, clip_max, clip_min).flatten(-2)[..., : wide.shape[-1]]
     else:
         return x
@@ -117,5 +117,5 @@ class ActQuantizer(nn.Module):
 
     def factors(self) -> ActFactors:
         """The numbers as a plain value."""
-        numbers = [float(p.detach()) for p in (self.clip_max, self.clip_min, self.knee_low, self.knee_high)]
-        return ActFactors(self.variant, *numbers, group_size=self.group_size)
+        clip_max, clip_min, low, high = (float(p.detach()) for p in (self.clip_max, self.clip_min, self.knee_low, self.knee_high))
+        return ActFactors(self.variant, clip_max, clip_min, low, high, self.group_size)

@@ -45,7 +45,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         if info.item() == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol), upper=True)
             if info.item() == 0 and bool(torch.isfinite(upper).all()):
-                return upper.float()
+                factor_of_inverse: Tensor = upper.float()
+                return factor_of_inverse
     raise NumericalError("the Hessian of a linear layer is not positive definite even with 1000 times the damping; raise ptq_init.damping or ptq_init.sequences")
 
 

@@ -52,14 +52,14 @@ def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig) -> di
     knees = KNEES if scheme.act_variant == "piecewise" else (0.25,)
     found = {}
     for site, x in samples.items():
-        best, best_error = None, float("inf")
+        best, best_error = (1.0, 0.25), float("inf")
         for clip, knee in itertools.product(CLIPS, knees):
-            number = [torch.tensor(v, device=x.device) for v in (clip, clip, knee, knee)]
-            error = float((fake_quantize(x, scheme.act_variant, *number, group_size=scheme.act_group_size) - x).square().sum())
+            c, k = torch.tensor(clip, device=x.device), torch.tensor(knee, device=x.device)
+            error = float((fake_quantize(x, scheme.act_variant, c, c, k, k, scheme.act_group_size) - x).square().sum())
             if error < best_error:
-                best, best_error = (clip, clip, knee, knee), error
-        assert best is not None
-        found[site] = ActFactors(scheme.act_variant, *best, group_size=scheme.act_group_size if scheme.act_variant == "per_group" else 0)
+                best, best_error = (clip, knee), error
+        clip, knee = best
+        found[site] = ActFactors(scheme.act_variant, clip, clip, knee, knee, scheme.act_group_size if scheme.act_variant == "per_group" else 0)
     return found
 
 

@@ -119,13 +119,14 @@ def _batches(n: int, c: EndToEndConfig, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed * 100_003 + 77_777)
     wanted = c.steps * c.batch_size
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-wanted // n))])
-    return list(order[:wanted].split(c.batch_size))
+    return [order[i : i + c.batch_size] for i in range(0, wanted, c.batch_size)]
 
 
 def _accumulate(r: Refinement, blocks: list[nn.Module], ids: Tensor) -> float:
     """Forward and backward of one batch in micro-batches; returns the mean loss."""
     total = 0.0
-    pieces = ids.split(r.config.micro_batch)
+    micro = r.config.micro_batch
+    pieces = [ids[i : i + micro] for i in range(0, len(ids), micro)]
     run: Callable[..., Tensor] = last_hidden
     for piece in pieces:
         with torch.no_grad():

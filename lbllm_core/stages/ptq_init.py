@@ -17,6 +17,7 @@ Source: BWA (arXiv 2504.05352), without its INT8 outlier channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,17 @@ from lbllm_core.model.student import BlockState
 from lbllm_core.quant.error_compensation import inverse_factor, quantize_columns
 from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels
 from lbllm_core.quant.uniform import fit_affine, round_to_nearest
-from lbllm_core.quant.weight import GRID, QuantizedWeight, dequantize, from_real_levels, n_groups, snap, split_groups, to_grid, weighted_error
+from lbllm_core.quant.weight import (
+    GRID,
+    QuantizedWeight,
+    dequantize,
+    from_real_levels,
+    n_groups,
+    snap,
+    split_groups,
+    to_grid,
+    weighted_error,
+)
 
 LARGEST = 8.0  # in units of the row's root mean square
 GRID_SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17)  # of the largest entry, tried as the end of the int8 grid
@@ -74,14 +85,14 @@ def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, s
     """Stage 1 of one block. Figures: weighted relative error of each linear, and what the snap to int8 added."""
     linears = linears_of(job.teacher_block)
     statistics = collect_statistics(job)
-    head_dim = job.teacher_block.self_attn.head_dim  # type: ignore[union-attr]
+    parts: Any = job.teacher_block
     weights, biases, norms, statistics = smooth(
         {path: linear.weight.detach().float() for path, linear in linears.items()},
         {path: linear.bias.detach().float() for path, linear in linears.items() if linear.bias is not None},
-        {name: job.teacher_block.get_submodule(name).weight.detach().float() for name in NORMS},  # type: ignore[union-attr, misc]
+        {name: getattr(parts, name).weight.detach().float() for name in NORMS},
         statistics,
         config.smoothing_exponent,
-        int(head_dim),  # type: ignore[arg-type]
+        int(parts.self_attn.head_dim),
     )
     made: dict[str, QuantizedWeight] = {}
     latents: dict[str, Tensor] = {}
