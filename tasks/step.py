@@ -27,7 +27,7 @@ from prefect.tasks import Task
 from lbllm_core import pipeline
 from lbllm_core.config import RunConfig, config_from_dict, config_to_dict
 from lbllm_core.engine.artifacts import Handle, check_unless_busy, key_of, key_parts, read_seconds, run_step
-from lbllm_core.engine.progress import Progress, Report
+from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.terminal import Terminal
 from lbllm_core.errors import LbllmError
 from tasks.progress import PrefectPage
@@ -73,8 +73,9 @@ class Step:
             log.info("%s: skipped, %s", self.name, reason)
             return inputs.get("student")
         upstream = {role: handle.to_dict() for role, handle in inputs.items() if handle is not None}
+        curves = run.row == "final" and self.name in pipeline.STAGES  # a row beside it would draw into the same charts
         prefect_task = Task(
-            fn=partial_body(self.name, run.listener.progress),
+            fn=partial_body(self.name, run.listener.progress if curves else silent),
             name=self.name,
             task_run_name=self.name if run.row == "final" else f"{run.row}: {self.name}",
             persist_result=True,
