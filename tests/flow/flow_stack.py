@@ -19,8 +19,7 @@ SMALL = [
     "weight_distill.sequences=16",
     "act_quant.sequences=16",
     "end_to_end.steps=4",
-    "pack.decode_tokens=4",
-    "pack.repeats=1",
+    "pack.benchmark=false",
     "evaluation.baselines=stage1",
 ]
 
