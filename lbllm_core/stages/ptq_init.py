@@ -134,7 +134,7 @@ def _sample(w: Tensor, h: Tensor, size: int, generator: torch.Generator) -> tupl
     return torch.cat([w[sure], w[drawn]]), torch.cat([h[sure], h[drawn] * scale])
 
 
-def _on_grid(table: Tensor, w: Tensor, h: Tensor, shortlist: int) -> tuple[Tensor, Tensor]:
+def _on_grid(table: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """The table as it will be stored: entries are multiples of one unit, at most 127 of them.
 
     A few groups that hold outlier columns make a few entries large; a unit that covers them is too coarse for the rest. So
@@ -145,7 +145,7 @@ def _on_grid(table: Tensor, w: Tensor, h: Tensor, shortlist: int) -> tuple[Tenso
     for share in GRID_SHARES:
         unit = largest * share / GRID
         candidate = to_grid(table / unit) * unit
-        error = float(weighted_error(w, h, candidate[choose_entries(w, h, candidate, shortlist)]).sum())
+        error = float(weighted_error(w, h, candidate[choose_entries(w, h, candidate, shortlist=1)]).sum())
         if error < best_error:
             best, best_unit, best_error = candidate, unit, error
     return best, best_unit
@@ -208,7 +208,7 @@ def _with_codebook(
     flat, flat_weight = grouped.flatten(0, 1), weight.expand_as(grouped).flatten(0, 1)
     flat, flat_weight = _sample(flat, flat_weight, config.codebook_sample, generator)
     table = fit_codebook(flat, flat_weight, scheme.codebook_size, config.codebook_rounds, config.codebook_shortlist, generator, scheme.level_family == "affine")
-    table, table_unit = _on_grid(table, flat, flat_weight, config.codebook_shortlist)
+    table, table_unit = _on_grid(table, flat[::2], flat_weight[::2])
     group_codes = torch.empty(w.shape[0], grouped.shape[1], dtype=torch.uint8, device=w.device)
 
     def choose(columns: Tensor, first: int, group: int) -> Tensor:
