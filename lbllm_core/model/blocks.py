@@ -116,15 +116,16 @@ def _kind(model: nn.Module) -> str:
 
 
 def _check_block(block: nn.Module, where: str) -> None:
-    names = {name for name, _ in block.named_children()}
-    expected = {"self_attn", "mlp", *NORMS}
-    if names != expected:
-        extra, missing = sorted(names - expected), sorted(expected - names)
-        raise ModelError(f"{where} is not built like Llama: {f'unknown parts {extra} ' if extra else ''}{f'no {missing}' if missing else ''}; only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
     linears = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
     if linears != set(SITE_OF):
         extra, missing = sorted(linears - set(SITE_OF)), sorted(set(SITE_OF) - linears)
         raise ModelError(f"{where} has other linear layers than q/k/v/o and gate/up/down: extra {extra}, missing {missing}; fused projections and mixtures of experts are not supported")
+    names = {name for name, _ in block.named_children()}
+    expected = {"self_attn", "mlp", *NORMS}
+    if names != expected:
+        extra, missing = sorted(names - expected), sorted(expected - names)
+        found = ", ".join([f"unknown parts {extra}"] * bool(extra) + [f"no {missing}"] * bool(missing))
+        raise ModelError(f"{where} is not built like Llama: {found}; only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
     for norm in NORMS:
         _check_norm(block.get_submodule(norm), f"{where} {norm}")
 
