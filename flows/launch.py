@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, help="also write the measured times into this results file")
     parser.add_argument("--full", action="store_true", help="evaluate on complete splits (evaluation=full)")
     chosen = parser.parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     overrides = [*(["evaluation=full"] if chosen.full else []), *chosen.overrides]
     try:
         home = home_folder()

@@ -7,7 +7,11 @@ what goes wrong is a sentence and an exit code.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +21,21 @@ from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import LbllmError
 
 
+def end_with_parent() -> None:
+    """Stop this process when the one that started it is gone (killed, not ended), as a person who killed it expects."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run and return the exit code."""
+    end_with_parent()
     try:
         watch_heartbeats()
         result = lbllm(overrides=list(arguments[1:]))

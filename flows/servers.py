@@ -84,6 +84,7 @@ def environment(home: Path, port: int) -> dict[str, str]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "DO_NOT_TRACK": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TQDM_DISABLE": "1",  # progress is told by the steps themselves
     }
 
 
