@@ -32,6 +32,11 @@ SITE_OF = {
 }
 SITES = ("qkv", "o", "gate_up", "down")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+PARTS = {
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}  # what may lie inside; anything else could stand between a site and the producer that smoothing is folded into
+FACTORS = ("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping")  # steps outside of the blocks
 
 
 def linears_of_site(site: str) -> tuple[str, ...]:
@@ -50,6 +55,9 @@ class Decoder:
         for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
             if not hasattr(base, part):
                 raise ModelError(f"{_kind(model)} has no decoder part `{part}`: only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
+        for name in FACTORS:
+            if getattr(self.config, name, None) not in (None, 1):
+                raise ModelError(f"{_kind(model)} has `{name}`, a step outside of its blocks that would be lost: only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
         self.base: Any = base
         self.blocks: list[nn.Module] = list(base.layers)
         head = model.get_output_embeddings()  # type: ignore[operator]
@@ -126,6 +134,11 @@ def _check_block(block: nn.Module, where: str) -> None:
         extra, missing = sorted(names - expected), sorted(expected - names)
         found = ", ".join([f"unknown parts {extra}"] * bool(extra) + [f"no {missing}"] * bool(missing))
         raise ModelError(f"{where} is not built like Llama: {found}; only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
+    for part, allowed in PARTS.items():
+        module = block.get_submodule(part)
+        extra = sorted({name for name, _ in module.named_children()} - allowed | {name for name, _ in module.named_parameters(recurse=False)})
+        if extra:
+            raise ModelError(f"{where} has {extra} inside of `{part}`, so smoothing cannot be folded there; only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
     for norm in NORMS:
         _check_norm(block.get_submodule(norm), f"{where} {norm}")
 
