@@ -27,7 +27,7 @@ def fake_quantize_kv(x: Tensor) -> Tensor:
     scale = ((wide.amax(-1, keepdim=True) - low) / STEPS).half().float()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     made = ((wide - low) / scale).round().clamp(0, STEPS) * scale + low
-    return x + (made.to(x.dtype) - x.detach())
+    return made.to(x.dtype) + (x - x.detach())  # the value is `made` to the bit
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
