@@ -1,0 +1,177 @@
+"""The trainable activation quantizer: bit-equal to the kernels' reference, and gradients that point where the error falls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lbllm_kernels.activation import ActFactors, dequantize_activations, piecewise_values, quantize_activations
+
+from lbllm_core.quant.activation import ActQuantizer, code_positions, fake_quantize
+
+SHARES = st.floats(0.05, 1.5)
+KNEES = st.floats(0.02, 0.98)
+
+
+def tokens(n, channels, seed):
+    """Tokens of every character, `(n + 8, channels)`: sizes over six decades, outliers, shifts, one sign, constants, zeros."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, channels, generator=g) * 10 ** (torch.rand(n, 1, generator=g) * 6 - 3)
+    x[::5] *= torch.where(torch.rand(x[::5].shape, generator=g) < 0.05, 50.0, 1.0)
+    x[1::5] += 3 * x[1::5].abs().amax(-1, keepdim=True) * torch.randn(len(x[1::5]), 1, generator=g)
+    x[2::5] = x[2::5].abs()
+    x[3::5] = -x[3::5].abs()
+    x[4::5] = (x[4::5] / x[4::5].abs().amax(-1, keepdim=True) * 15).round() / 2  # ties
+    odd = torch.zeros(8, channels)
+    odd[1], odd[2], odd[3, 0], odd[4, -1], odd[5], odd[6] = 1.7, -0.3, 5, -5, 1e-30, -1e30
+    odd[7] = torch.linspace(-7.5, 7.5, channels)
+    return torch.cat([x, odd])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(["uniform", "piecewise"]), SHARES, SHARES, KNEES, KNEES, st.integers(1, 48), st.integers(0, 10_000))
+def test_forward_is_the_kernels_reference_to_the_bit(variant, clip_max, clip_min, low, high, channels, seed):
+    factors = ActFactors(variant, clip_max, clip_min, low, high)
+    x = tokens(40, channels, seed)
+    expected = dequantize_activations(*quantize_activations(x, factors))
+    assert torch.equal(ActQuantizer(factors)(x), expected)
+    shaped = x[: len(x) // 3 * 3].reshape(3, -1, channels)
+    assert torch.equal(ActQuantizer(factors)(shaped), expected[: len(x) // 3 * 3].reshape(3, -1, channels))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["uniform", "piecewise"]), SHARES, SHARES, KNEES, KNEES, st.integers(0, 10_000))
+def test_factors_survive_the_round_trip(variant, clip_max, clip_min, low, high, seed):
+    """What training leaves in a quantizer and what a block file hands to the kernels are the same function."""
+    quantizer = ActQuantizer(ActFactors(variant, clip_max, clip_min, low, high))
+    x = tokens(20, 32, seed)
+    again = quantizer.factors()
+    stored = torch.tensor([again.clip_max, again.clip_min, again.knee_low, again.knee_high]).tolist()
+    assert torch.equal(dequantize_activations(*quantize_activations(x, ActFactors(variant, *stored))), quantizer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_are_computed_in_float32(dtype):
+    x = (tokens(30, 32, 1)[:30]).clamp(-6e4, 6e4).to(dtype)
+    factors = ActFactors("piecewise", 0.9, 0.8, 0.3, 0.2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = ActQuantizer(factors)(x)
+    assert made.dtype == dtype
+    assert torch.equal(made, dequantize_activations(*quantize_activations(x, factors)).to(dtype))
+
+
+@settings(max_examples=50, deadline=None)
+@given(KNEES, KNEES)
+def test_positions_are_the_kernels_and_ascend(low, high):
+    zero = torch.arange(128.0)[:, None]
+    positions = code_positions(zero, torch.tensor(low), torch.tensor(high))
+    assert torch.equal(positions, piecewise_values(zero.squeeze(1), low, high))
+    assert bool((positions.diff(dim=-1) >= 0).all())
+    assert bool((positions[:, 0] == 0).all())
+    assert bool((positions[:, -1] == 127).all())
+    assert bool((positions == zero).any(-1).float().mean() > 0.05)
+
+
+@pytest.mark.parametrize(("variant", "codes"), [("uniform", 16), ("piecewise", 16)])
+def test_at_most_sixteen_values_a_token(variant, codes):
+    x = torch.randn(50, 500, generator=torch.Generator().manual_seed(3))
+    made = ActQuantizer(ActFactors(variant))(x)
+    counts = [len(row.unique()) for row in made]
+    assert max(counts) <= codes
+    assert max(counts) >= 12  # and they are used
+    assert bool(((made == 0) | (x.abs() > 1e-3)).all()) or variant == "piecewise"
+
+
+def test_error_of_uniform_is_half_a_step():
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(4))
+    made = ActQuantizer(ActFactors("uniform"))(x)
+    scale = (x.amax(-1, keepdim=True).clamp_min(0) - x.amin(-1, keepdim=True).clamp_max(0)) / 15
+    inside = (made - x).abs() <= 0.5001 * scale
+    assert float(inside.float().mean()) > 0.99  # the rounded zero point may cut half a step at one end
+    assert bool(((made - x).abs() <= 1.0001 * scale).all())
+
+
+def test_piecewise_serves_tokens_with_outliers_better():
+    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(5))
+    x[:, :4] *= 12
+    errors = {v: float((ActQuantizer(ActFactors(v))(x) - x).detach().square().sum()) for v in ("uniform", "piecewise")}
+    assert errors["piecewise"] < 0.6 * errors["uniform"]
+
+
+def loss_of(x, variant, values):
+    return (fake_quantize(x, variant, *values) - x).square().sum(-1).mean()
+
+
+def slopes(x, variant, at, which, step):
+    """Analytic gradient of the mean squared error and its central difference for factor number `which`."""
+    values = [torch.tensor(v, requires_grad=True) for v in at]
+    analytic = torch.autograd.grad(loss_of(x, variant, values), values[which])[0]
+    moved = []
+    for sign in (1, -1):
+        other = [torch.tensor(v + sign * step * (i == which)) for i, v in enumerate(at)]
+        moved.append(float(loss_of(x, variant, other)))
+    return float(analytic), (moved[0] - moved[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("variant", ["uniform", "piecewise"])
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("clip", [0.3, 0.5, 0.8, 1.0])
+def test_gradient_to_clips(variant, which, clip):
+    x = torch.randn(6000, 64, generator=torch.Generator().manual_seed(6))
+    at = [0.9, 0.9, 0.4, 0.4]
+    at[which] = clip
+    analytic, numeric = slopes(x, variant, at, which, 0.02)
+    assert analytic == pytest.approx(numeric, rel=0.1, abs=0.12)
+    assert (numeric < 0) == (clip < 0.9)  # widening a tight range helps, widening a loose one hurts
+    assert analytic * numeric > 0
+
+
+@pytest.mark.parametrize("which", [2, 3])
+@pytest.mark.parametrize("knee", [0.1, 0.2, 0.6, 0.8])
+def test_gradient_to_knees(which, knee):
+    x = torch.randn(6000, 64, generator=torch.Generator().manual_seed(7))
+    at = [1.0, 1.0, 0.4, 0.4]
+    at[which] = knee
+    analytic, numeric = slopes(x, "piecewise", at, which, 0.03)
+    assert analytic == pytest.approx(numeric, rel=0.15)
+    assert (numeric < 0) == (knee < 0.4)
+
+
+def test_gradient_to_the_activations():
+    """Straight through inside the range, nothing beyond it (the token's own extremes, which set the range, excepted)."""
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    for variant in ("uniform", "piecewise"):
+        made = ActQuantizer(ActFactors(variant, 0.5, 0.5))(x)
+        weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(9))
+        (grad,) = torch.autograd.grad((made * weight).sum(), x)
+        extreme = (x == x.amax(-1, keepdim=True)) | (x == x.amin(-1, keepdim=True))
+        beyond = (x.detach() - made.detach()).abs() > 0.3
+        near = (x > 0.4 * x.amin(-1, keepdim=True)) & (x < 0.4 * x.amax(-1, keepdim=True))
+        assert torch.allclose(grad[near & ~extreme], weight[near & ~extreme], atol=1e-5)
+        assert float(grad[beyond & ~extreme].abs().max()) < 1e-6
+        assert int((beyond & ~extreme).sum()) > 50
+
+
+@pytest.mark.parametrize("channels", [64, 100, 20])
+def test_per_group_is_uniform_on_each_run_of_channels(channels):
+    x = torch.randn(3, 7, channels, generator=torch.Generator().manual_seed(10))
+    made = ActQuantizer(ActFactors("per_group", 0.9, 0.8, group_size=32))(x)
+    plain = ActQuantizer(ActFactors("uniform", 0.9, 0.8))
+    for first in range(0, channels, 32):
+        assert torch.equal(made[..., first : first + 32], plain(x[..., first : first + 32]))
+
+
+def test_off_is_off():
+    x = torch.randn(4, 8)
+    assert ActQuantizer(ActFactors("none"))(x) is x
+
+
+def test_constrain_keeps_factors_legal():
+    quantizer = ActQuantizer(ActFactors("piecewise"))
+    with torch.no_grad():
+        for p, v in zip(quantizer.parameters(), (-1.0, 9.0, -0.5, 1.5), strict=True):
+            p.fill_(v)
+    quantizer.constrain()
+    f = quantizer.factors()  # raises when a number is out of range
+    assert (f.clip_max, f.clip_min, f.knee_low, f.knee_high) == pytest.approx((0.05, 1.5, 0.02, 0.98))
