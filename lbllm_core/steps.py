@@ -26,8 +26,9 @@ from torch import Tensor
 
 from lbllm_core.config import RunConfig
 from lbllm_core.engine.block_sweep import SweepPlan, Work, sweep
+from lbllm_core.engine.files import write_atomic
 from lbllm_core.engine.hardware import Hardware, resolve
-from lbllm_core.engine.ledger import Ledger, write_atomic
+from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.step import Metrics, StepContext
 from lbllm_core.model.blocks import SITES, Decoder
 from lbllm_core.model.student import BlockState, block_file, load_block, state_tensors
