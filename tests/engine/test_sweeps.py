@@ -1,0 +1,288 @@
+"""The block loop: interrupted anywhere and resumed, it ends with the same bytes; an explosion names its block and keeps the rest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from stage_bench import A16, CPU, Bench
+
+from lbllm_core.config import ActQuantConfig, EndToEndConfig, SchemeConfig, WeightDistillConfig
+from lbllm_core.engine.block_sweep import BlockJob, SweepPlan, relative_error
+from lbllm_core.engine.ledger import Ledger
+from lbllm_core.engine.progress import silent
+from lbllm_core.engine.train_block import block_loss, cosine
+from lbllm_core.errors import NumericalError
+from lbllm_core.model.student import load_block, state_from_tensors, state_tensors
+from lbllm_core.model.student_block import build_block
+from lbllm_core.stages.act_quant import refine_block
+from lbllm_core.stages.end_to_end import Refinement, refine
+from lbllm_core.stages.ptq_init import quantize_block
+from lbllm_core.stages.weight_distill import distill_block
+
+A4 = SchemeConfig(codebook_size=16, kv_bits=4)
+N = 8  # sequences
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def bench(models_home):
+    return Bench(models_home, sequences=N)
+
+
+@pytest.fixture(scope="module")
+def students(bench, tmp_path_factory):
+    """Undisturbed folders of stages 1 to 3."""
+    root = tmp_path_factory.mktemp("students")
+    for stage in STAGES:
+        run_stage(bench, stage, root, root / stage)
+    return root
+
+
+def stage_of(stage, root):
+    """Work and plan of a stage that starts from the folders in `root`."""
+    if stage == "ptq_init":
+        from lbllm_core.config import PtqInitConfig
+
+        return lambda job: quantize_block(job, A4, PtqInitConfig(), 0), SweepPlan(stage, False)
+    if stage == "weight_distill":
+        config = WeightDistillConfig(epochs=2, batch_size=4)
+        return lambda job: distill_block(job, load_block(root / "ptq_init", job.index, "none"), config, 0), SweepPlan(stage, True)
+    config = ActQuantConfig(batch_size=4, lr_levels=5e-3)
+    plan = SweepPlan(stage, True, variant=A4.act_variant, kv_bits=A4.kv_bits)
+    return lambda job: refine_block(job, load_block(root / "weight_distill", job.index, "none"), A4, config, 0), plan
+
+
+STAGES = ("ptq_init", "weight_distill", "act_quant")
+
+
+def run_stage(bench, stage, root, folder, around=lambda work: work, report=silent):
+    work, plan = stage_of(stage, root)
+    return bench.sweep(folder, around(work), plan, report=report)
+
+
+def blocks_of(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("block_*.safetensors"))}
+
+
+def dies_in_block_1(work):
+    """The work is done, and lost before it is written: half of the block's time was in vain."""
+
+    def wrapped(job):
+        made = work(job)
+        if job.index == 1:
+            raise Interrupted
+        return made
+
+    return wrapped
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_and_resumed_is_byte_identical(bench, students, tmp_path, stage):
+    torch.manual_seed(1)
+    with pytest.raises(Interrupted):
+        run_stage(bench, stage, students, tmp_path, dies_in_block_1)
+    assert list(blocks_of(tmp_path)) == ["block_000.safetensors"]
+    torch.manual_seed(2)  # nothing may hang on the global generator
+    torch.rand(7)
+    worked = []
+    figures = run_stage(bench, stage, students, tmp_path, lambda work: lambda job: worked.append(job.index) or work(job))
+    assert worked == [1]
+    assert blocks_of(tmp_path) == blocks_of(students / stage)
+    assert len(blocks_of(tmp_path)) == 2
+    assert figures == [Ledger(students / stage).figures(i) for i in range(2)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_finished_stage_does_nothing(bench, students, stage):
+    def forbidden(job):
+        raise AssertionError(job.index)
+
+    assert len(run_stage(bench, stage, students, students / stage, lambda _: forbidden)) == 2
+
+
+def test_damaged_block_is_made_again_with_its_successors(bench, students, tmp_path):
+    run_stage(bench, "ptq_init", students, tmp_path)
+    path = tmp_path / "block_000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    worked = []
+    run_stage(bench, "ptq_init", students, tmp_path, lambda work: lambda job: worked.append(job.index) or work(job))
+    assert worked == [0, 1]
+    assert blocks_of(tmp_path) == blocks_of(students / "ptq_init")
+
+
+def test_block_files_hold_the_whole_state(students):
+    """A state that was read back writes the same tensors: nothing is lost between stages."""
+    for stage, variant in (("ptq_init", "none"), ("weight_distill", "none"), ("act_quant", A4.act_variant)):
+        tensors = Ledger(students / stage).load(1)
+        again = state_tensors(state_from_tensors(tensors, variant))
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(again[k], tensors[k]) for k in tensors)
+    assert any(k.endswith(".latent") for k in Ledger(students / "ptq_init").load(1))
+    assert not any(k.endswith(".latent") for k in Ledger(students / "weight_distill").load(1))
+    assert {k for k in tensors if k.startswith("site.")} == {"site.qkv", "site.o", "site.gate_up", "site.down"}
+
+
+def test_codes_are_frozen_in_stage_3(students):
+    before, after = (Ledger(students / s).load(1) for s in ("weight_distill", "act_quant"))
+    assert all(torch.equal(before[k], after[k]) for k in before if k.endswith((".codes", ".group_codes")))
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.endswith(".codebook"))
+
+
+def test_streams(bench, students):
+    """What work is handed: the student's stream after quantized blocks, the teacher's output on the teacher's own stream."""
+    seen: list[BlockJob] = []
+    start = [load_block(students / "ptq_init", i, "none") for i in range(2)]
+
+    def work(job):
+        seen.append(job)
+        return start[job.index], {}
+
+    model = bench.teacher.model
+    hidden = model.model(bench.ids, output_hidden_states=True, use_cache=False).hidden_states
+    for shared, folder in ((False, "own"), (True, "shared")):
+        seen.clear()
+        bench.sweep(students / folder, work, SweepPlan("x", True, target_on_student_stream=shared))
+        assert torch.equal(seen[0].inputs, hidden[0])
+        assert torch.allclose(seen[0].target, hidden[1], atol=1e-5)
+        fixed = build_block(bench.decoder.blocks[0], start[0], "fixed")
+        student = seen[0].run(fixed, hidden[0])
+        assert torch.allclose(seen[1].inputs, student, atol=1e-5)
+        source = student if shared else seen[0].target
+        assert torch.allclose(seen[1].target, seen[1].run(bench.decoder.blocks[1], source), atol=1e-4)
+    figures = Ledger(students / "own").figures(0)["block_rel_mse"]
+    expected = (student[:, 1:] - hidden[1][:, 1:]).square().sum() / hidden[1][:, 1:].square().sum()
+    assert figures == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_reports_name_step_and_block(bench, students, tmp_path):
+    heard = []
+    run_stage(bench, "weight_distill", students, tmp_path, report=heard.append)
+    assert [(p.step, p.done, p.total, p.unit) for p in heard] == [("weight_distill", 1, 2, "block"), ("weight_distill", 2, 2, "block")]
+    assert all(math.isfinite(v) for p in heard for v in p.figures.values())
+    assert {"loss_before", "loss_after", "block_rel_mse"} <= heard[0].figures.keys()
+
+
+def explodes_in_block_1(students):
+    def work(job):
+        config = WeightDistillConfig(epochs=8, batch_size=2, lr_levels=1.0 if job.index else 1e-4, lr_weight=1e-4, grad_clip=0.0)
+        if job.index == 1:
+            job = replace(job, target=job.target.clone())
+            job.target[0, 5] = math.nan
+        return distill_block(job, load_block(students / "ptq_init", job.index, "none"), config, 0)
+
+    return work
+
+
+def test_nan_names_block_and_remedy_and_keeps_earlier_blocks(bench, students, tmp_path):
+    with pytest.raises(NumericalError) as caught:
+        bench.sweep(tmp_path, explodes_in_block_1(students), SweepPlan("weight_distill", True))
+    message = str(caught.value)
+    assert "block 1" in message
+    assert "last finite loss" in message
+    assert "learning rate" in message
+    assert Ledger(tmp_path).finished(2) == 1
+
+
+def test_learning_rate_that_explodes(bench, students, tmp_path):
+    """Beyond what a configuration allows, so that gains overflow: the parameter that broke is named."""
+    def work(job):
+        config = WeightDistillConfig(epochs=8, batch_size=2, lr_levels=1e3, lr_weight=0.0, grad_clip=0.0)
+        return distill_block(job, load_block(students / "ptq_init", job.index, "none"), config, 0)
+
+    with pytest.raises(NumericalError, match=r"block 0: the loss became (nan|inf).*last finite loss \d.*[Tt]ry a learning rate"):
+        bench.sweep(tmp_path, work, SweepPlan("weight_distill", True))
+    assert Ledger(tmp_path).finished(2) == 0
+
+
+def test_inputs_that_are_not_finite(bench, students, tmp_path):
+    from lbllm_core.config import PtqInitConfig
+
+    def work(job):
+        inputs = job.inputs.clone()
+        inputs[0, 3, 0] = math.inf
+        return quantize_block(replace(job, inputs=inputs) if job.index else job, A16, PtqInitConfig(), 0)
+
+    with pytest.raises(NumericalError, match=r"block 1: the inputs of `qkv` are not finite; try"):
+        bench.sweep(tmp_path, work, SweepPlan("ptq_init", False))
+    assert Ledger(tmp_path).finished(2) == 1
+
+
+E2E = EndToEndConfig(steps=7, batch_size=4, micro_batch=2, checkpoint_every=2)
+
+
+def refined(bench, students, folder, config=E2E, report=silent):
+    states = [load_block(students / "act_quant", i, A4.act_variant) for i in range(2)]
+    return refine(Refinement(bench.decoder, config, CPU, 0), bench.ids, states, A4.kv_bits, Ledger(folder, "checkpoint"), report)
+
+
+def same(a, b):
+    return all(torch.equal(x[k], y[k]) for x, y in zip(map(state_tensors, a), map(state_tensors, b), strict=True) for k in x)
+
+
+@pytest.mark.parametrize("died", [1, 2, 3, 6])
+def test_end_to_end_resumes_bit_equal(bench, students, tmp_path, died):
+    """Killed at the report of step `died`: steps 2, 4 and 6 leave checkpoints behind (the last one is the result itself)."""
+    states, history = refined(bench, students, tmp_path / "whole")
+
+    def report(progress):
+        if progress.done == died:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        refined(bench, students, tmp_path / "killed", report=report)
+    steps = []
+    again, resumed = refined(bench, students, tmp_path / "killed", report=lambda p: steps.append(p.done))
+    assert steps[0] == (died - 1) // 2 * 2 + 1
+    assert steps[-1] == 7
+    assert same(again, states)
+    assert resumed == history
+    assert [h["step"] for h in resumed] == list(range(7))
+
+
+def test_end_to_end_learns_and_keeps_codes(bench, students, tmp_path):
+    config = EndToEndConfig(steps=30, batch_size=8, micro_batch=8, checkpoint_every=100)
+    states, history = refined(bench, students, tmp_path, config)
+    assert history[-1]["loss"] < 0.97 * history[0]["loss"]
+    start = [load_block(students / "act_quant", i, A4.act_variant) for i in range(2)]
+    for a, b in zip(start, states, strict=True):
+        assert all(torch.equal(a.linears[p].codes, b.linears[p].codes) for p in a.linears)
+        assert a.sites != b.sites
+
+
+def test_micro_batches_add_up(bench, students, tmp_path):
+    config = EndToEndConfig(steps=1, batch_size=8, micro_batch=8)
+    whole = refined(bench, students, tmp_path / "a", config)[1][0]["loss"]
+    parts = refined(bench, students, tmp_path / "b", replace(config, micro_batch=2))[1][0]["loss"]
+    again = refined(bench, students, tmp_path / "c", replace(config, gradient_checkpointing=True))[1][0]["loss"]
+    assert parts == pytest.approx(whole, rel=1e-4)
+    assert again == pytest.approx(whole, rel=1e-5)
+
+
+def test_end_to_end_explosion_names_step_and_keeps_checkpoints(bench, students, tmp_path):
+    config = EndToEndConfig(steps=40, batch_size=4, micro_batch=4, checkpoint_every=1, lr_levels=1e3, grad_clip=0.0)
+    with pytest.raises(NumericalError, match=r"stage 4, step \d+: the loss became nan; last finite loss \d.*end_to_end\.lr_levels"):
+        refined(bench, students, tmp_path, config)
+
+
+def test_small_formulas():
+    assert cosine(0, 10, 0.1) == pytest.approx(1.0)
+    assert cosine(10, 10, 0.1) == pytest.approx(0.1)
+    assert cosine(5, 10, 0.1) == pytest.approx(0.55)
+    assert cosine(0, 0, 0.5) == pytest.approx(1.0)
+    a, b = torch.zeros(2, 4, 3), torch.ones(2, 4, 3)
+    b[:, 0] = 1e6  # first tokens do not count
+    assert float(block_loss(a, b, 2.0)) == pytest.approx(0.5)
+    assert relative_error(a, b) == pytest.approx(1.0)
+
+
+def test_a_sweep_needs_no_target(bench, tmp_path, students):
+    jobs = []
+    state = [load_block(students / "ptq_init", i, "none") for i in range(2)]
+    bench.sweep(tmp_path, lambda job: (jobs.append(job), (state[job.index], {}))[1], SweepPlan("x", False))
+    assert [j.target for j in jobs] == [None, None]
