@@ -27,7 +27,7 @@ def test_each_stage_earns_its_place(models_home, tmp_path, seed):
 
 
 def test_parts_of_stage_1(models_home, tmp_path):
-    """Error compensation and importances each help, on the same explicit levels."""
+    """Fitted levels help, and error compensation on top of them."""
     bench = Bench(models_home)
 
     def measure(name, **changes):
