@@ -16,6 +16,8 @@ the forward pass (straight-through), so that what is trained is what will be pac
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,12 @@ from lbllm_core.quant.weight import (
 )
 
 
+def _sums_by_code(grad: Tensor, codes: Tensor) -> Tensor:
+    """What each level of a group receives: grad, codes `(..., G)` -> `(..., 4)`. The last is the rest of the total."""
+    sums = [(grad * (codes == c)).sum(-1) for c in range(3)]
+    return torch.stack([*sums, grad.sum(-1) - sums[0] - sums[1] - sums[2]], dim=-1)
+
+
 class _Select(torch.autograd.Function):
     """`levels[code]`; gradients: identity to the latent weight, sums over holders to the levels."""
 
@@ -49,7 +57,7 @@ class _Select(torch.autograd.Function):
         (codes,) = ctx.saved_tensors
         to_levels = None
         if ctx.needs_input_grad[1]:
-            to_levels = torch.stack([(grad * (codes == c)).sum(-1) for c in range(4)], dim=-1)
+            to_levels = _sums_by_code(grad, codes)
         return (grad if ctx.needs_input_grad[0] else None), to_levels, None
 
 
@@ -168,8 +176,7 @@ class _Bits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         codes, difference = ctx.saved_tensors
-        to_levels = torch.stack([(grad * (codes == c)).sum(-1) for c in range(4)], dim=-1)
-        return grad, grad * difference, to_levels
+        return grad, grad * difference, _sums_by_code(grad, codes)
 
 
 class LatentBitmapWeight(nn.Module):
@@ -241,12 +248,32 @@ class QuantLinear(nn.Module):
     def __init__(self, weight: NearestWeight | FrozenWeight | LatentBitmapWeight, bias: Tensor | None):
         super().__init__()
         self.weight_view = weight
+        self.held: Tensor | None = None  # the weight of this step, where somebody computed it once for several passes
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., in)` -> `(..., out)`."""
         bias: Tensor | None = self.bias  # type: ignore[assignment]
-        return nn.functional.linear(x, self.weight_view(), bias)
+        weight = self.weight_view() if self.held is None else self.held
+        return nn.functional.linear(x, weight, bias)
+
+
+@contextmanager
+def weights_held(linears: Sequence[QuantLinear]) -> Iterator[None]:
+    """Compute each weight once for all passes inside the block; on leaving, send the summed gradients on to its parameters.
+
+    Making a weight from codes and levels costs as much as using it for a few hundred tokens, so micro-batches share it.
+    """
+    made = [linear.weight_view() for linear in linears]
+    for linear, weight in zip(linears, made, strict=True):
+        linear.held = weight.detach().requires_grad_()
+    try:
+        yield
+        reached = [(w, linear.held.grad) for w, linear in zip(made, linears, strict=True) if linear.held is not None and linear.held.grad is not None]
+        torch.autograd.backward([w for w, _ in reached], [g for _, g in reached])
+    finally:
+        for linear in linears:
+            linear.held = None
 
 
 __all__ = ["GRID", "FrozenWeight", "LatentBitmapWeight", "LearningRates", "NearestWeight", "QuantLinear", "grid_ste"]

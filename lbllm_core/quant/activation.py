@@ -19,7 +19,10 @@ does not exist as a packed format.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from lbllm_kernels import cpu
 from lbllm_kernels.activation import ActFactors
 from torch import Tensor, nn
 
@@ -74,10 +77,55 @@ def _piecewise(x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, 
     return scale * (code - zero)
 
 
+class _Quantized(torch.autograd.Function):
+    """The same function on a CPU, with codes from the C++ quantizer: a tenth of the time and of the memory.
+
+    With `t = x / s + z`: dX_hat/dx = 1 inside the range, dX_hat/ds = q - z - (x / s inside), dX_hat/dz = -s outside; s and z follow
+    the clips, and the positions of the codes follow the knees. Tokens `(n, channels)` float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str) -> Tensor:
+        numbers = [float(v) for v in (clip_max, clip_min, knee_low, knee_high)]
+        tokens = cpu.quantize(x, ActFactors(variant, *numbers), interleaved=False)
+        q, scale, zero = cpu.codes_in_order(tokens).contiguous(), tokens.scale[:, None], tokens.zero[:, None].float()
+        ctx.save_for_backward(x, q, scale, zero, clip_max, clip_min, knee_low, knee_high)
+        ctx.steps = 15 if variant == "uniform" else 127
+        return scale * (q - zero)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, q, scale, zero, clip_max, clip_min, knee_low, knee_high = ctx.saved_tensors
+        steps = x / scale
+        t = (steps.round() if ctx.steps == 15 else steps) + zero
+        inside = (t >= 0) & (t <= ctx.steps)
+        to_x = grad * inside
+        made: list[Tensor | None] = [to_x, None, None, None, None, None]
+        if any(ctx.needs_input_grad[1:3]):
+            to_scale = (grad * (q - zero)).sum(-1, keepdim=True) - (to_x * steps).sum(-1, keepdim=True)
+            to_zero = scale * (to_x - grad).sum(-1, keepdim=True)
+            with torch.enable_grad():  # s and z as functions of the clips
+                clips = [v.detach().requires_grad_() for v in (clip_max, clip_min)]
+                s, z = _scale_and_zero(x, clips[0], clips[1], ctx.steps)
+                made[1:3] = torch.autograd.grad([s, z], clips, [to_scale, to_zero])
+        if any(ctx.needs_input_grad[3:5]) and ctx.steps == 127:
+            with torch.enable_grad():
+                knees = [v.detach().requires_grad_() for v in (knee_low, knee_high)]
+                positions = code_positions(zero, knees[0], knees[1])
+                index = torch.searchsorted(positions.detach().contiguous(), q.float()).clamp_max(15)
+                to_positions = torch.zeros_like(positions).scatter_add_(-1, index, grad * scale)
+                made[3:5] = torch.autograd.grad(positions, knees, to_positions)
+        return tuple(made)
+
+
 def fake_quantize(x: Tensor, variant: str, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, group_size: int = 0) -> Tensor:
     """`X_hat` for activations `(..., channels)` of any float type; computed in float32, returned in x's type."""
     wide = x.float()
-    if variant == "uniform":
+    made: Tensor
+    if wide.device.type == "cpu" and variant in ("uniform", "piecewise") and cpu.library().functions is not None:
+        flat = wide.reshape(-1, wide.shape[-1])
+        made = _Quantized.apply(flat, clip_max, clip_min, knee_low, knee_high, variant).view(wide.shape)  # type: ignore[no-untyped-call]
+    elif variant == "uniform":
         made = _uniform(wide, clip_max, clip_min)
     elif variant == "piecewise":
         made = _piecewise(wide, clip_max, clip_min, knee_low, knee_high)

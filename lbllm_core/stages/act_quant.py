@@ -24,7 +24,7 @@ from lbllm_core.quant.activation import fake_quantize
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)
 KNEES = (0.15, 0.25, 0.4, 0.55)
-SEARCH_TOKENS = 1024
+SEARCH_TOKENS = 512
 
 
 def learning_rates(config: ActQuantConfig) -> LearningRates:

@@ -29,9 +29,9 @@ from lbllm_core.engine.progress import Progress, Report
 from lbllm_core.engine.train_block import cosine
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.blocks import Decoder
-from lbllm_core.model.linear import LearningRates
+from lbllm_core.model.linear import LearningRates, weights_held
 from lbllm_core.model.student import BlockState
-from lbllm_core.model.student_block import build_block, constrain, parameter_groups, read_state
+from lbllm_core.model.student_block import build_block, constrain, parameter_groups, quant_linears, read_state
 
 LOGIT_ROWS = 1024  # tokens whose logits exist at once
 
@@ -128,12 +128,13 @@ def _accumulate(r: Refinement, blocks: list[nn.Module], ids: Tensor) -> float:
     micro = r.config.micro_batch
     pieces = [ids[i : i + micro] for i in range(0, len(ids), micro)]
     run: Callable[..., Tensor] = last_hidden
-    for piece in pieces:
-        with torch.no_grad():
-            target = run(r, r.decoder.blocks, piece, False)
-        loss = divergence(r, run(r, blocks, piece, r.config.gradient_checkpointing), target) * (len(piece) / len(ids))
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+    with weights_held([linear for block in blocks for linear in quant_linears(block).values()]):
+        for piece in pieces:
+            with torch.no_grad():
+                target = run(r, r.decoder.blocks, piece, False)
+            loss = divergence(r, run(r, blocks, piece, r.config.gradient_checkpointing), target) * (len(piece) / len(ids))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
     return total
 
 
