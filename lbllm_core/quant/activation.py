@@ -86,8 +86,8 @@ class _Quantized(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str) -> Tensor:
-        numbers = [float(v) for v in (clip_max, clip_min, knee_low, knee_high)]
-        tokens = cpu.quantize(x, ActFactors(variant, *numbers), interleaved=False)
+        factors = ActFactors(variant, float(clip_max), float(clip_min), float(knee_low), float(knee_high))
+        tokens = cpu.quantize(x, factors, interleaved=False)
         q, scale, zero = cpu.codes_in_order(tokens).contiguous(), tokens.scale[:, None], tokens.zero[:, None].float()
         ctx.save_for_backward(x, q, scale, zero, clip_max, clip_min, knee_low, knee_high)
         ctx.steps = 15 if variant == "uniform" else 127
