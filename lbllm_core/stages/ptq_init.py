@@ -119,8 +119,8 @@ def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, s
 def _sample(w: Tensor, h: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`size` groups that stand for all: the heaviest quarter surely, the rest at random with their importance scaled up.
 
-    A handful of weights (those that make the massive activations of first tokens) carry most of a layer's weighted energy. A
-    table fitted on a plain random sample does not know them, and the model is destroyed with hardly any error on average.
+    A plain random sample misses rare groups of great weighted energy, the table then has no entry for them, and the model can be
+    ruined with hardly any error on average (docs/log.md, entry 2).
     """
     if len(w) <= size:
         return w, h
