@@ -83,7 +83,7 @@ class SchemeConfig:
     name: str = text("w1p1a4", help="scheme name")
     weight_bits: int = number(2, 2, 16, help="2: one bit and one bitmap bit; 16: weights stay as they are")
     level_mode: str = choice("codebook", "explicit", help="four levels from a shared table of quadruples, or stored for each (row, group)")
-    level_family: str = choice("free", "affine", help="four free levels, or base + step * code (the INT2 controls)")
+    level_family: str = choice("free", "affine", "int2", help="four free levels; base + step * code with both in int8; or an INT2 grid with an integer zero (the controls)")
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
     act_bits: int = number(4, 4, 16, help="4 or 16 (off)")
@@ -122,6 +122,8 @@ class WeightDistillConfig:
     lr_weight: float = number(1e-4, 0.0, 1.0, help="latent weights")
     lr_levels: float = number(2e-3, 0.0, 1.0, help="levels or codebook entries, as fractions of the row's largest; row scales, relative")
     lr_bitmap: float = number(1e-4, 0.0, 1.0, help="latent bitmap (latent only)")
+    lr_norms: float = number(0.0, 0.0, 1.0, help="weights of the two norms of a block")
+    reassign_epochs: int = number(0, 0, 100, help="groups choose their table entries again at the start of this many epochs after the first (codebook)")
     lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
     polarize: float = number(0.0, 0.0, 1e3, help="weight of the regulariser that drives the latent bitmap to 0 or 1")
     beta_start: float = number(20.0, 0.0, 100.0, help="its exponent at the start")
@@ -143,13 +145,14 @@ class ActQuantConfig:
     lr_levels: float = number(5e-4, 0.0, 1.0, help="levels or codebook entries, as fractions of the row's largest; row scales, relative")
     lr_clips: float = number(1e-3, 0.0, 1.0, help="clip_max and clip_min of each site")
     lr_knees: float = number(1e-3, 0.0, 1.0, help="knee_low and knee_high of each site (piecewise)")
+    lr_norms: float = number(0.0, 0.0, 1.0, help="weights of the two norms of a block")
     lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
     grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
 
 
 @dataclass(frozen=True)
 class EndToEndConfig:
-    """Stage 4 (ours): all blocks at once against the teacher's logits, codes frozen."""
+    """Stage 4 (ours): all blocks at once against the teacher's logits."""
 
     enabled: bool = flag(True, help="run this stage")
     steps: int = number(20, 1, 1 << 20, help="optimizer steps")
@@ -159,6 +162,8 @@ class EndToEndConfig:
     lr_levels: float = number(1e-3, 0.0, 1.0, help="levels or codebook entries, as fractions of the row's largest; row scales, relative")
     lr_clips: float = number(1e-3, 0.0, 1.0, help="clips")
     lr_knees: float = number(1e-3, 0.0, 1.0, help="knees")
+    lr_weight: float = number(0.0, 0.0, 1.0, help="latent weights; 0: codes stay frozen")
+    lr_norms: float = number(0.0, 0.0, 1.0, help="weights of the norms inside blocks")
     lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
     grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
     gradient_checkpointing: bool = flag(False, help="recompute blocks in the backward pass: less memory, a third more time")
@@ -262,6 +267,8 @@ def _cross_problems(c: RunConfig) -> list[str]:
             found.append(f"scheme.{name}={getattr(s, name)} is not allowed; choose 4 or 16")
     if s.level_mode == "codebook" and s.group_size not in (16, 32):
         found.append(f"scheme.group_size={s.group_size} does not go with scheme.level_mode=codebook; choose 16 or 32, or scheme.level_mode=explicit")
+    if s.level_family == "int2" and s.level_mode == "codebook":
+        found.append("scheme.level_family=int2 has a scale and a zero for each group and no table; choose scheme.level_mode=explicit, or scheme.level_family=affine")
     if s.group_size % 4:
         found.append(f"scheme.group_size={s.group_size} must be a multiple of 4 (four codes share a byte)")
     if s.level_mode == "codebook" and c.weight_distill.parameterization == "latent":

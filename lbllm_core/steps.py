@@ -72,7 +72,7 @@ def weight_distill(context: StepContext) -> Metrics:
     bench = _Bench(c, context.home, c.weight_distill.sequences)
     start = context.inputs["student"]
     plan = SweepPlan("weight_distill", True, target_on_student_stream=c.weight_distill.target == "student")
-    figures = _sweep(bench, lambda job: distill_block(job, load_block(start, job.index, "none"), c.weight_distill, c.seed), plan, context)
+    figures = _sweep(bench, lambda job: distill_block(job, load_block(start, job.index, "none"), c.scheme, c.weight_distill, c.seed), plan, context)
     return _block_metrics("stage2", figures, context)
 
 
@@ -97,9 +97,9 @@ def end_to_end(context: StepContext) -> Metrics:
     bench = _Bench(c, context.home, c.dataset.sequences)
     variant, act_group = activation_format(c)
     states = [load_block(context.inputs["student"], i, variant, act_group) for i in range(len(bench.decoder.blocks))]
-    refinement = Refinement(bench.decoder, c.end_to_end, bench.hardware, c.seed)
+    refinement = Refinement(bench.decoder, c.end_to_end, c.scheme, bench.hardware, c.seed)
     ledger = Ledger(context.folder, "checkpoint")
-    states, history = refine(refinement, bench.ids, states, c.scheme.kv_bits, ledger, context.report)
+    states, history = refine(refinement, bench.ids, states, ledger, context.report)
     blocks = Ledger(context.folder)
     for index, state in enumerate(states):
         blocks.save(index, state_tensors(state), {})
@@ -116,7 +116,7 @@ def evaluate_teacher(context: StepContext) -> Metrics:
     from lbllm_core.model.load import load_teacher
 
     teacher = load_teacher(context.config.model, context.home)
-    return _measure(context, teacher.model, teacher.tokenizer)
+    return _measure(context, teacher.model.to(resolve(context.config.hardware).device), teacher.tokenizer)
 
 
 def pack_and_benchmark(context: StepContext) -> Metrics:
@@ -136,10 +136,11 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     count = len(Decoder(teacher.model).blocks)
     folder = context.folder / "packed"
     packing = pack_student(teacher.model, (load_block(student, i, *variant) for i in range(count)), folder, c.scheme, teacher.tokenizer)
-    packed = load_packed(folder)
-    ids = _check_ids(c, teacher.tokenizer)
+    device = resolve(c.hardware).device
+    packed = load_packed(folder, device)
+    ids = _check_ids(c, teacher.tokenizer).to(device)
     integers = check_integers(packed, ids)
-    fake = fake_quant_model(teacher.model, [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
+    fake = fake_quant_model(teacher.model.to(device), [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
     logits = check_logits(packed, fake, ids)
     require(integers, logits, c.pack.min_sqnr_db)
     report = packing.metrics()
@@ -153,8 +154,8 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     if c.pack.benchmark:
         del teacher, fake, packed
         amount = (c.pack.prefill_tokens, c.pack.decode_tokens, c.pack.repeats)
-        speed = measure_packed(folder, *amount)
-        speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount).items()}
+        speed = measure_packed(folder, *amount, device=str(device))
+        speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount, device=str(device)).items()}
     sections = {"size": size, "pack": check, "speed": speed}
     return {f"{section}/{name}": float(value) for section, figures in sections.items() for name, value in figures.items()}
 
@@ -165,7 +166,7 @@ def evaluate_model(context: StepContext) -> Metrics:
     from lbllm_core.model.packed_folder import load_packed
 
     tokenizer = load_teacher(context.config.model, context.home).tokenizer
-    return _measure(context, load_packed(context.inputs["packed"] / "packed"), tokenizer)
+    return _measure(context, load_packed(context.inputs["packed"] / "packed", resolve(context.config.hardware).device), tokenizer)
 
 
 def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:
@@ -177,7 +178,7 @@ def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:
     for protocol in e.protocols:
         name = metric_name(protocol, context.config, tokenizer)
         data = windows(protocol, context.config, tokenizer)
-        result = perplexity(lambda ids: model(ids, use_cache=False).logits, data, e.batch_tokens, context.report, name=name)
+        result = perplexity(lambda ids: model(ids, use_cache=False).logits, data, e.batch_tokens, context.report, model.device, name)
         found |= {name: result.ppl, f"{name}_stderr": result.stderr}
     if e.tasks:
         found |= zero_shot(model, tokenizer, e.tasks, e.task_limit, add_bos=context.config.model.add_bos, batch_tokens=e.batch_tokens, report=context.report)

@@ -5,7 +5,8 @@
     load_s          from nothing but imported libraries to a model that can answer (once)
     prefill_tok_s   prompt tokens a second, one pass over `prefill_tokens`, logits of the last token only
     decode_tok_s    tokens a second of greedy generation with the key-value cache, after that prompt, batch 1
-    peak_gb         highest resident memory of the whole process; `baseline_gb` is what the imported libraries take before
+    peak_gb         highest resident memory of the whole process; `baseline_gb` is what the imported libraries take before.
+                    On a GPU: the most memory that tensors took there, without a baseline
     weights_gb      bytes of parameters and buffers, and of derived layouts
 
 **How.** Each model runs in a process of its own (`python -m lbllm_core.evaluation.speed`, a JSON request on stdin, a JSON answer on
@@ -95,15 +96,15 @@ def resident_gb(peak: bool) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GB
 
 
-def measure_packed(folder: Path, prefill_tokens: int, decode_tokens: int, repeats: int) -> dict[str, float]:
+def measure_packed(folder: Path, prefill_tokens: int, decode_tokens: int, repeats: int, device: str = "cpu") -> dict[str, float]:
     """All figures of a packed folder, in a fresh process. Raises LbllmError with the child's words when it fails."""
-    return _in_fresh_process({"packed": str(folder), "prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "repeats": repeats})
+    return _in_fresh_process({"packed": str(folder), "device": device, "prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "repeats": repeats})
 
 
-def measure_teacher(config: ModelConfig, home: Path, prefill_tokens: int, decode_tokens: int, repeats: int) -> dict[str, float]:
+def measure_teacher(config: ModelConfig, home: Path, prefill_tokens: int, decode_tokens: int, repeats: int, device: str = "cpu") -> dict[str, float]:
     """All figures of a teacher in fp32, in a fresh process."""
     settings = {"model": {**vars(config)}, "home": str(home)}
-    return _in_fresh_process({"teacher": settings, "prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "repeats": repeats})
+    return _in_fresh_process({"teacher": settings, "device": device, "prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "repeats": repeats})
 
 
 def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, float]:
@@ -124,24 +125,25 @@ def _loader(request: Mapping[str, Any]) -> Callable[[], Any]:
     if "packed" in request:
         from lbllm_core.model.packed_folder import load_packed
 
-        return lambda: load_packed(Path(request["packed"]))
+        return lambda: load_packed(Path(request["packed"]), request["device"])
     from lbllm_core.model.load import load_teacher
 
     config = ModelConfig(**request["teacher"]["model"])
-    return lambda: load_teacher(config, Path(request["teacher"]["home"])).model
+    return lambda: load_teacher(config, Path(request["teacher"]["home"])).model.to(request["device"])
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, float]:
     """What the fresh process does."""
     torch.set_num_threads(int(request["threads"]))
     load = _loader(request)
-    baseline = resident_gb(peak=False)
+    on_gpu = request["device"].startswith("cuda")
+    baseline = 0.0 if on_gpu else resident_gb(peak=False)
     start = time.perf_counter()
     model = load()
     load_s = time.perf_counter() - start
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     figures = measure_model(model, vocabulary, int(request["prefill_tokens"]), int(request["decode_tokens"]), int(request["repeats"]))
-    memory = {"peak_gb": resident_gb(peak=True), "baseline_gb": baseline, "weights_gb": weight_bytes(model) / GB}
+    memory = {"peak_gb": torch.cuda.max_memory_allocated() / GB if on_gpu else resident_gb(peak=True), "baseline_gb": baseline, "weights_gb": weight_bytes(model) / GB}
     return {"load_s": load_s, **figures, **memory, "threads": float(torch.get_num_threads())}
 
 

@@ -10,8 +10,9 @@ Three views of one weight, all giving `W_q (out, in)` in the forward pass:
 
 Levels are learned as fractions of the row's largest (levels / 127) and row scales as exponents of a gain, so that one learning
 rate means the same relative step in every row of every model. Levels are rounded to the int8 grid of the packed format inside
-the forward pass (straight-through), so that what is trained is what will be packed and the final snap changes nothing. A table may be shared by the linears of a site: it is the same
-`nn.Parameter` object in each of them.
+the forward pass (straight-through), so that what is trained is what will be packed and the final snap changes nothing; the
+INT2 controls round to what their family can store (`quant/uniform.py`). A table may be shared by the linears of a site: it is
+the same `nn.Parameter` object in each of them.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_core.quant.level_fit import choose_entries
+from lbllm_core.quant.uniform import affine_levels, as_affine, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
     QuantizedWeight,
     from_real_levels,
     group_levels,
+    into_cells,
     join_groups,
     midpoints,
     nearest_codes,
     split_groups,
     take_levels,
-    to_grid,
 )
 
 
@@ -61,9 +64,22 @@ class _Select(torch.autograd.Function):
         return (grad if ctx.needs_input_grad[0] else None), to_levels, None
 
 
-def grid_ste(levels: Tensor) -> Tensor:
-    """Levels as the int8 grid will hold them; the gradient is that of the identity."""
-    return levels + (to_grid(levels) - levels).detach()
+class _Through(torch.autograd.Function):
+    """The first argument's value with the second one's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def grid_ste(levels: Tensor, family: str = "free") -> Tensor:
+    """Ascending levels as their family will store them; the gradient is that of the identity (of the projection, where steps are equal)."""
+    smooth = levels if family == "free" else affine_levels(*as_affine(levels))
+    return _Through.apply(to_family_grid(levels.detach(), family), smooth)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LevelStore(nn.Module):
@@ -72,8 +88,9 @@ class _LevelStore(nn.Module):
     group_codes: Tensor | None
     row_scale: Tensor
 
-    def __init__(self, q: QuantizedWeight, table: nn.Parameter | None):
+    def __init__(self, q: QuantizedWeight, table: nn.Parameter | None, family: str):
         super().__init__()
+        self.family = family
         self.register_buffer("row_scale", q.row_scale)
         self.gain = nn.Parameter(torch.zeros_like(q.row_scale))
         self.group_size = q.group_size
@@ -90,12 +107,16 @@ class _LevelStore(nn.Module):
     def units(self) -> Tensor:
         """Levels on the int8 grid, ascending, `(out, n_groups, 4)`, with gradients to whatever holds them."""
         if self.levels is not None:
-            return grid_ste(self.levels.sort(dim=-1).values * GRID)
-        assert self.table is not None
+            return grid_ste(self.levels.sort(dim=-1).values * GRID, self.family)
         assert self.group_codes is not None
-        ordered = grid_ste(self.table.sort(dim=-1).values * GRID)
+        ordered = self.entries()
         flat = ordered.index_select(0, self.group_codes.flatten().int())
         return flat.view(*self.group_codes.shape, 4)
+
+    def entries(self) -> Tensor:
+        """The table on the int8 grid, each entry ascending, `(entries, 4)`."""
+        assert self.table is not None
+        return grid_ste(self.table.sort(dim=-1).values * GRID, self.family)
 
     def scaled(self) -> Tensor:
         """Levels as real numbers, `(out, n_groups, 4)`."""
@@ -112,17 +133,18 @@ class _LevelStore(nn.Module):
             return QuantizedWeight(codes, scale, self.group_size, levels=self.units().detach())
         assert self.table is not None
         assert self.group_codes is not None
-        table = to_grid(self.table.detach().sort(dim=-1).values * GRID)
-        return QuantizedWeight(codes, scale, self.group_size, group_codes=self.group_codes.clone(), codebook=table)
+        return QuantizedWeight(codes, scale, self.group_size, group_codes=self.group_codes.clone(), codebook=self.entries().detach())
 
 
 class NearestWeight(nn.Module):
     """Latent weight and levels; codes are nearest levels, recomputed at every step."""
 
-    def __init__(self, q: QuantizedWeight, latent: Tensor, table: nn.Parameter | None = None):
+    def __init__(self, q: QuantizedWeight, latent: Tensor, table: nn.Parameter | None = None, family: str = "free"):
         super().__init__()
-        self.latent = nn.Parameter(latent.clone())
-        self.store = _LevelStore(q, table)
+        self.store = _LevelStore(q, table, family)
+        with torch.no_grad():  # codes may be older than the levels: the first forward pass must give the codes that came in
+            cells = into_cells(split_groups(latent, q.group_size), self.store.scaled(), split_groups(q.codes, q.group_size))
+        self.latent = nn.Parameter(join_groups(cells, latent.shape[1]).clone())
 
     def forward(self) -> Tensor:
         levels = self.store.scaled()
@@ -138,15 +160,33 @@ class NearestWeight(nn.Module):
         return self.store.quantized(join_groups(codes, self.latent.shape[1]).contiguous())
 
 
+    @torch.no_grad()
+    def reassign(self, importance: Tensor, shortlist: int) -> float:
+        """Let each group take the table entry that suits its latent weights best; returns the share of groups that moved.
+
+        importance `(out, in)`: what an error in each weight costs. Without a table nothing happens.
+        """
+        if self.store.group_codes is None:
+            return 0.0
+        size, table = self.store.group_size, self.store.entries()
+        grouped = split_groups(self.latent / self.store.scale()[:, None], size).flatten(0, 1)
+        unit = table.square().mean().sqrt().clamp_min(1e-12)  # the search works in units of a typical level
+        weight = split_groups(importance, size).flatten(0, 1)
+        entry = choose_entries(grouped / unit, weight, table / unit, shortlist).to(torch.uint8).view_as(self.store.group_codes)
+        moved = float((entry != self.store.group_codes).float().mean())
+        self.store.group_codes.copy_(entry)
+        return moved
+
+
 class FrozenWeight(nn.Module):
     """Fixed codes; levels, table and row scales learn."""
 
     codes: Tensor
 
-    def __init__(self, q: QuantizedWeight, table: nn.Parameter | None = None):
+    def __init__(self, q: QuantizedWeight, table: nn.Parameter | None = None, family: str = "free"):
         super().__init__()
         self.register_buffer("codes", q.codes)
-        self.store = _LevelStore(q, table)
+        self.store = _LevelStore(q, table, family)
 
     def forward(self) -> Tensor:
         levels = self.store.scaled()
@@ -197,7 +237,7 @@ class LatentBitmapWeight(nn.Module):
         grouped = split_groups(self.latent, self.group_size)
         return join_groups(_Bits.apply(grouped, self.bitmap, self.levels * self.unit), self.columns)  # type: ignore[no-untyped-call]
 
-    def polarization(self, beta: float) -> Tensor:
+    def polarization(self, beta: Tensor | float) -> Tensor:
         """`mean(1 - |2 G - 1|^beta)`: zero where every bitmap entry has decided (eq. 6)."""
         return (1 - (2 * self.bitmap.clamp(0, 1) - 1).abs().pow(beta)).mean()
 
@@ -238,6 +278,7 @@ class LearningRates:
     levels: float = 0.0
     row_scale: float = 0.0
     bitmap: float = 0.0
+    norms: float = 0.0
     clips: float = 0.0
     knees: float = 0.0
 

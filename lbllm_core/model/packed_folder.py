@@ -37,7 +37,7 @@ from lbllm_core.errors import ArtifactError, ModelError
 from lbllm_core.model.blocks import SITE_OF, SITES, Decoder
 from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
 from lbllm_core.model.student import BlockState
-from lbllm_core.quant.bits import Bits, add, linear_bits
+from lbllm_core.quant.bits import BILL_OF_FAMILY, Bits, add, linear_bits
 from lbllm_core.quant.kv_cache import set_kv_bits
 from lbllm_core.quant.weight import QuantizedWeight, snap
 
@@ -131,6 +131,7 @@ def pack_student(teacher: nn.Module, blocks: Iterable[BlockState], folder: Path,
     Levels are snapped to the int8 grid here. Raises ModelError when teacher and blocks do not fit together.
     """
     form, view = packed_scheme(scheme), Decoder(teacher)
+    bill = BILL_OF_FAMILY[scheme.level_family] if scheme.level_mode == "explicit" else "lut8"
     names = {id(module): name for name, module in teacher.named_modules()}
     tensors: dict[str, Tensor] = {}
     bills: list[Bits] = []
@@ -141,7 +142,7 @@ def pack_student(teacher: nn.Module, blocks: Iterable[BlockState], folder: Path,
         linears = {path: block.get_submodule(path) for path in SITE_OF}
         biases = {path: m.bias for path, m in linears.items() if isinstance(m.bias, Tensor)}
         tensors |= {f"{prefix}.{name}": t.contiguous() for name, t in block_tensors(state, form, biases).items()}
-        bills += [linear_bits(q.codes.shape[0], q.codes.shape[1], q.group_size, form.codebook_size) for q in state.linears.values()]
+        bills += [linear_bits(q.codes.shape[0], q.codes.shape[1], q.group_size, form.codebook_size, bill=bill) for q in state.linears.values()]
         replaced |= {f"{prefix}.{path}.{leaf}" for path in SITE_OF for leaf in ("weight", "bias")}
         count += 1
     if count != len(view.blocks):

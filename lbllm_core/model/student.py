@@ -2,7 +2,8 @@
 
 Stages hand each other *block states*: the seven quantized linears, the norms that smoothing changed, biases, and the factors
 of each activation site. A stage's result is a folder with one safetensors file a block and a `student.json`; packing reads it.
-Codes are stored packed, four to a byte; stage 1 adds the compensated weights (`latent`, float16) that stage 2 starts from.
+Codes are stored packed, four to a byte; the weights behind them (`latent`, float16: compensated in stage 1, trained in stage 2) go along, so that a later
+stage can start from them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class BlockState:
     norms: dict[str, Tensor]  # norm name -> (hidden,) float32
     biases: dict[str, Tensor] = field(default_factory=dict)  # path -> (out,) float32, only where the teacher has one
     sites: dict[str, ActFactors] = field(default_factory=dict)  # site -> factors; absent: activations stay as they are
-    latents: dict[str, Tensor] = field(default_factory=dict)  # path -> (out, in) compensated weights, stage 1 only
+    latents: dict[str, Tensor] = field(default_factory=dict)  # path -> (out, in) full-precision weights that the codes were chosen for
 
 
 def state_tensors(state: BlockState) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def state_tensors(state: BlockState) -> dict[str, Tensor]:
             assert q.group_codes is not None
             assert q.codebook is not None
             made[f"{path}.group_codes"] = q.group_codes
-            made[f"{path}.codebook"] = q.codebook.float()
+            made[f"{path}.codebook"] = q.codebook.float().clone()  # linears of a site share it
         made[f"{path}.shape"] = torch.tensor([*q.codes.shape, q.group_size])
     made |= {f"{path}.bias": bias.float() for path, bias in state.biases.items()}
     made |= {f"{path}.latent": latent.half() for path, latent in state.latents.items()}

@@ -38,10 +38,11 @@ class _Tensor(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 
 
-def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits: int = 16) -> nn.Module:
+def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits: int = 16, family: str = "free") -> nn.Module:
     """A student block on the teacher block's device.
 
     mode: `nearest` and `latent_*` train from `state.latents`; `frozen` trains levels only; `fixed` trains nothing.
+    family: what levels are rounded to while they train (`quant/uniform.py`).
     """
     device = next(teacher_block.parameters()).device
     block = _copy_without_linears(teacher_block)
@@ -54,15 +55,15 @@ def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits
         if mode == "fixed":
             linear = _Tensor(FrozenWeight(q, table)().detach(), bias)
         elif mode == "frozen":
-            linear = QuantLinear(FrozenWeight(q, table), bias)
+            linear = QuantLinear(FrozenWeight(q, table, family), bias)
         elif mode == "nearest":
-            linear = QuantLinear(NearestWeight(q, state.latents[path].to(device), table), bias)
+            linear = QuantLinear(NearestWeight(q, state.latents[path].to(device), table, family), bias)
         else:
             linear = QuantLinear(LatentBitmapWeight(q, state.latents[path].to(device), mode == "latent_soft"), bias)
         _replace(block, path, linear)
     for norm in NORMS:
         module: Any = block.get_submodule(norm)
-        module.weight.data = state.norms[norm].to(device=device, dtype=module.weight.dtype)
+        module.weight.data = state.norms[norm].to(device=device, dtype=module.weight.dtype, copy=True)
         module.weight.requires_grad_(False)
     for site, factors in state.sites.items():
         if factors.variant != "none":
@@ -155,13 +156,20 @@ def quantizers(block: nn.Module) -> Iterator[tuple[str, ActQuantizer]]:
 def parameter_groups(block: nn.Module, rates: LearningRates) -> list[dict[str, Any]]:
     """Optimizer groups, one a kind of parameter; whatever has no rate is frozen. Shared tables appear once."""
     kinds: dict[str, dict[int, nn.Parameter]] = {}
+    norms = {id(norm_of(block, name).weight) for name in NORMS}
     for name, parameter in block.named_parameters():
-        kind = _kind_of(name)
+        kind = "norms" if id(parameter) in norms else _kind_of(name)
         rate = getattr(rates, kind) if kind else 0.0
         parameter.requires_grad_(rate > 0)
         if rate > 0:
             kinds.setdefault(kind, {})[id(parameter)] = parameter
     return [{"params": list(found.values()), "lr": getattr(rates, kind), "kind": kind} for kind, found in kinds.items()]
+
+
+def norm_of(block: nn.Module, name: str) -> Any:
+    """A norm of a student block, whether or not a quantizer stands behind it."""
+    module: Any = block.get_submodule(name)
+    return module[0] if isinstance(module, nn.Sequential) else module
 
 
 def _kind_of(name: str) -> str:
@@ -172,10 +180,15 @@ def _kind_of(name: str) -> str:
 
 
 def read_state(block: nn.Module, start: BlockState) -> BlockState:
-    """The trained block as a value; everything that was not trained comes from `start`."""
+    """The trained block as a value; everything that was not trained comes from `start`. Latent weights stay with it: stage 4 may move them."""
     linears = {path: linear.weight_view.quantized() for path, linear in quant_linears(block).items()}
     sites = {**start.sites, **{site: quantizer.factors() for site, quantizer in quantizers(block)}}
-    return BlockState(linears=linears, norms=start.norms, biases=start.biases, sites=sites)
+    latents = dict(start.latents)
+    for path, linear in quant_linears(block).items():
+        if isinstance(linear.weight_view, (NearestWeight, LatentBitmapWeight)):
+            latents[path] = linear.weight_view.latent.detach().clone()
+    norms = {name: norm_of(block, name).weight.detach().float().clone() for name in NORMS}
+    return BlockState(linears=linears, norms=norms, biases=start.biases, sites=sites, latents=latents)
 
 
 def constrain(block: nn.Module) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 BILLS = ("lut8", "int2", "affine8")
+BILL_OF_FAMILY = {"free": "lut8", "affine": "affine8", "int2": "int2"}  # explicit levels; a table is billed as `lut8` whatever its entries are
 
 
 @dataclass(frozen=True)

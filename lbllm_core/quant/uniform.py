@@ -1,10 +1,19 @@
-"""Affine levels: what a plain 2-bit integer grid can express (the INT2 controls).
+"""Level families: what W(1+1) may express, and what a plain 2-bit integer grid may (the INT2 controls).
 
-`level[c] = base + c * step`: two parameters a group where W(1+1) has four. It runs in the same container (codes and four
-levels), so every difference in a comparison comes from the levels alone; it is billed in its own format (`bits.py`).
+| family   | levels of a group                          | parameters         | billed as                           |
+|----------|--------------------------------------------|--------------------|-------------------------------------|
+| `free`   | any four                                   | four int8          | 32 bits a group, or an entry's code |
+| `affine` | `base + c * step`, both on the int8 grid   | two int8           | 16 bits a group (`affine8`)         |
+| `int2`   | `step * (c - zero)`, `zero` one of 0..3    | a scale and a zero | 16 + 2 bits a group                 |
+
+All run in the same container (codes, four levels, a row scale), start from the same stage 1 and train in the same stages, so
+every difference in a comparison comes from the levels alone; each is billed in its own format (`bits.py`). `int2` keeps its
+scale on the container's grid instead of in fp16, which costs it some hundredths of a percent of the error.
 
 - `round_to_nearest`: the floor of every comparison. Grid from the smallest to the largest weight of the group.
 - `fit_affine`: base and step by alternating least squares under importances, from several clipped ranges.
+- `fit_int2`: step for each of the four zeros, likewise; the best zero wins.
+- `to_family_grid`: the nearest levels that a family can store; what training rounds to, straight-through.
 """
 
 from __future__ import annotations
@@ -12,7 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lbllm_core.quant.weight import TINY, nearest_codes, weighted_error
+from lbllm_core.quant.weight import GRID, TINY, nearest_codes, to_grid, weighted_error
+
+FAMILIES = ("free", "affine", "int2")
 
 
 def affine_levels(base: Tensor, step: Tensor) -> Tensor:
@@ -45,6 +56,46 @@ def fit_affine(w: Tensor, h: Tensor, rounds: int = 8) -> Tensor:
             best_error = torch.minimum(error, best_error)
     assert best is not None
     return best
+
+
+def fit_int2(w: Tensor, h: Tensor, rounds: int = 8) -> Tensor:
+    """Best levels `step * (c - zero)` with an integer zero: w `(n, G)`, h `(n, G)` or `(G,)` -> `(n, 4)`."""
+    h = h.expand_as(w)
+    start = fit_affine(w, h, rounds)
+    reach = w.abs().amax(-1, keepdim=True).clamp_min(TINY)
+    width = torch.maximum(start[:, 3:] - start[:, :1], 1e-3 * reach)
+    best, best_error = start, torch.full_like(w[:, 0], float("inf"))
+    for zero in range(4):
+        levels = affine_levels(-zero * width / 3, width / 3)
+        for _ in range(rounds):
+            c = nearest_codes(w, levels).float() - zero
+            step = (h * w * c).sum(-1, keepdim=True) / (h * c.square()).sum(-1, keepdim=True).clamp_min(TINY)
+            step = torch.where(step > 0, step, levels[:, 1:2] - levels[:, :1])
+            levels = affine_levels(-zero * step, step)
+        error = weighted_error(w, h, levels)
+        best = torch.where((error < best_error)[:, None], levels, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def as_affine(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Base and step `(..., 1)` of the equidistant levels nearest to `(..., 4)`; linear in the levels."""
+    step = (0.3 * (levels[..., 3:] - levels[..., :1]) + 0.1 * (levels[..., 2:3] - levels[..., 1:2])).clamp_min(0)
+    return levels.mean(-1, keepdim=True) - 1.5 * step, step
+
+
+def to_family_grid(levels: Tensor, family: str) -> Tensor:
+    """The levels `(..., 4)`, in units of the row scale, that a family stores for given ones: integers in -127..127."""
+    if family == "free":
+        return to_grid(levels)
+    base, step = as_affine(levels)
+    if family == "affine":
+        step = step.round().clamp(0, 2 * GRID // 3)
+        base = base.round().clamp_min(-GRID)
+        return affine_levels(torch.minimum(base, GRID - 3 * step), step)
+    zero = (-base / step.clamp_min(TINY)).round().clamp(0, 3)
+    step = torch.minimum(step, GRID / torch.maximum(zero, 3 - zero))
+    return to_grid(affine_levels(-zero * step, step))
 
 
 def nearest_affine(levels: Tensor, mass: Tensor) -> Tensor:

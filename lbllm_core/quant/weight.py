@@ -85,6 +85,11 @@ def nearest_codes(w: Tensor, levels: Tensor) -> Tensor:
     return above
 
 
+def into_cells(w: Tensor, levels: Tensor, codes: Tensor) -> Tensor:
+    """Weights that disagree with their code move onto its level; the others stay. w, codes `(..., G)`, levels `(..., 4)` -> `(..., G)`."""
+    return torch.where(nearest_codes(w, levels) == codes, w, take_levels(levels, codes))
+
+
 def take_levels(levels: Tensor, codes: Tensor) -> Tensor:
     """levels `(..., 4)`, codes `(..., G)` -> `(..., G)`. Selection, not arithmetic: the levels come out bit-equal."""
     low = torch.where(codes == 0, levels[..., 0:1], levels[..., 1:2])

@@ -8,6 +8,7 @@ cache of keys and values, if the scheme has one, is on as well.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from lbllm_kernels.activation import ActFactors
@@ -30,14 +31,15 @@ SEARCH_TOKENS = 512
 def learning_rates(config: ActQuantConfig) -> LearningRates:
     """What learns, and how fast."""
     levels, clips = config.trained in ("both", "levels"), config.trained in ("both", "clips")
-    return LearningRates(levels=config.lr_levels * levels, row_scale=config.lr_levels * levels, clips=config.lr_clips * clips, knees=config.lr_knees * clips)
+    rates = {"clips": config.lr_clips * clips, "knees": config.lr_knees * clips, "norms": config.lr_norms}
+    return LearningRates(levels=config.lr_levels * levels, row_scale=config.lr_levels * levels, **rates)
 
 
 def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config: ActQuantConfig, seed: int) -> tuple[BlockState, dict[str, float]]:
     """Stage 3 of one block: search factors, then train them with the levels."""
     if scheme.act_bits == 4:
-        start = BlockState(linears=start.linears, norms=start.norms, biases=start.biases, sites=search_factors(job, start, scheme))
-    block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits)
+        start = replace(start, sites=search_factors(job, start, scheme))
+    block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.level_family)
     plan = TrainingPlan(
         rates=learning_rates(config), epochs=config.epochs, batch_size=config.batch_size, lr_final=config.lr_final, grad_clip=config.grad_clip, seed=seed
     )

@@ -1,8 +1,8 @@
 """Stage 4, end-to-end refinement (ours): all blocks at once against the teacher's logits.
 
-Blocks were trained one by one, each to repair its own output; what matters is the distribution over the next token. With all
-codes frozen, the few parameters that remain (levels or tables, row scales, clips, knees: some percent of the model) are
-trained together on
+Blocks were trained one by one, each to repair its own output; what matters is the distribution over the next token. The few
+parameters beside the codes (levels or tables, row scales, clips, knees, norms: some percent of the model) are trained together, and
+with `lr_weight` also the latent weights behind the codes, on
 
     L = KL(softmax(teacher logits) || softmax(student logits)),   mean over tokens
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lbllm_core.config import EndToEndConfig
+from lbllm_core.config import EndToEndConfig, SchemeConfig
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import Progress, Report
@@ -31,7 +31,7 @@ from lbllm_core.errors import NumericalError
 from lbllm_core.model.blocks import Decoder
 from lbllm_core.model.linear import LearningRates, weights_held
 from lbllm_core.model.student import BlockState
-from lbllm_core.model.student_block import build_block, constrain, parameter_groups, quant_linears, read_state
+from lbllm_core.model.student_block import Mode, build_block, constrain, parameter_groups, quant_linears, read_state
 
 LOGIT_ROWS = 1024  # tokens whose logits exist at once
 
@@ -42,13 +42,15 @@ class Refinement:
 
     decoder: Decoder
     config: EndToEndConfig
+    scheme: SchemeConfig
     hardware: Hardware
     seed: int
 
 
 def learning_rates(config: EndToEndConfig) -> LearningRates:
     """What learns, and how fast."""
-    return LearningRates(levels=config.lr_levels, row_scale=config.lr_levels, clips=config.lr_clips, knees=config.lr_knees)
+    rates = {"weight": config.lr_weight, "norms": config.lr_norms, "clips": config.lr_clips, "knees": config.lr_knees}
+    return LearningRates(levels=config.lr_levels, row_scale=config.lr_levels, **rates)
 
 
 def divergence(r: Refinement, student: Tensor, teacher: Tensor) -> Tensor:
@@ -81,10 +83,11 @@ def last_hidden(r: Refinement, blocks: list[nn.Module], ids: Tensor, recompute: 
     return hidden
 
 
-def refine(r: Refinement, ids: Tensor, states: list[BlockState], kv_bits: int, ledger: Ledger, report: Report) -> tuple[list[BlockState], list[dict[str, float]]]:
+def refine(r: Refinement, ids: Tensor, states: list[BlockState], ledger: Ledger, report: Report) -> tuple[list[BlockState], list[dict[str, float]]]:
     """Train all blocks. ids `(sequences, tokens)`. Returns the new states and the figures of each step (`loss`, `step`)."""
     c = r.config
-    blocks = [build_block(teacher, state, "frozen", kv_bits) for teacher, state in zip(r.decoder.blocks, states, strict=True)]
+    mode: Mode = "nearest" if c.lr_weight and all(state.latents for state in states) else "frozen"
+    blocks = [build_block(teacher, state, mode, r.scheme.kv_bits, r.scheme.level_family) for teacher, state in zip(r.decoder.blocks, states, strict=True)]
     groups = [group for block in blocks for group in parameter_groups(block, learning_rates(c))]
     if not groups:
         return states, []

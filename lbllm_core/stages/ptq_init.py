@@ -17,6 +17,7 @@ Source: BWA (arXiv 2504.05352), without its INT8 outlier channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,16 +31,14 @@ from lbllm_core.model.smoothing import SiteStatistics, smooth
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.error_compensation import inverse_factor, quantize_columns
 from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels
-from lbllm_core.quant.uniform import fit_affine, round_to_nearest
+from lbllm_core.quant.uniform import fit_affine, fit_int2, round_to_nearest, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
     QuantizedWeight,
     dequantize,
     from_real_levels,
     n_groups,
-    snap,
     split_groups,
-    to_grid,
     weighted_error,
 )
 
@@ -108,7 +107,7 @@ def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, s
             rows = slice(start, start + weights[path].shape[0])
             start = rows.stop
             part = _rows(quantized, rows)
-            made[path], latents[path] = snap(part), latent[rows].clone()
+            made[path], latents[path] = _snapped(part, scheme.level_family), latent[rows].clone()
             error, snapped = (_relative_error(weights[path], dequantize(q), importance) for q in (part, made[path]))
             figures[f"weight_error/{path}"] = snapped
             figures[f"snap_error/{path}"] = snapped / max(error, 1e-30) - 1
@@ -134,7 +133,7 @@ def _sample(w: Tensor, h: Tensor, size: int, generator: torch.Generator) -> tupl
     return torch.cat([w[sure], w[drawn]]), torch.cat([h[sure], h[drawn] * scale])
 
 
-def _on_grid(table: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _on_grid(table: Tensor, w: Tensor, h: Tensor, family: str) -> tuple[Tensor, Tensor]:
     """The table as it will be stored: entries are multiples of one unit, at most 127 of them.
 
     A few groups that hold outlier columns make a few entries large; a unit that covers them is too coarse for the rest. So
@@ -144,11 +143,16 @@ def _on_grid(table: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     best, best_unit, best_error = table, largest / GRID, float("inf")
     for share in GRID_SHARES:
         unit = largest * share / GRID
-        candidate = to_grid(table / unit) * unit
+        candidate = to_family_grid(table / unit, family) * unit
         error = float(weighted_error(w, h, candidate[choose_entries(w, h, candidate, shortlist=1)]).sum())
         if error < best_error:
             best, best_unit, best_error = candidate, unit, error
     return best, best_unit
+
+
+def _snapped(q: QuantizedWeight, family: str) -> QuantizedWeight:
+    """Explicit levels as their family will store them; a table is on its grid already."""
+    return q if q.levels is None else replace(q, levels=to_family_grid(q.levels, family))
 
 
 def _relative_error(w: Tensor, made: Tensor, importance: Tensor) -> float:
@@ -183,8 +187,8 @@ def _with_explicit_levels(w: Tensor, upper: Tensor | None, importance: Tensor, s
         h = importance[first : first + columns.shape[1]]
         if config.method == "rtn":
             made = round_to_nearest(columns)
-        elif scheme.level_family == "affine":
-            made = fit_affine(columns, h)
+        elif scheme.level_family != "free":
+            made = (fit_affine if scheme.level_family == "affine" else fit_int2)(columns, h)
         else:
             made = fit_levels(columns, h, config.em_rounds, config.em_starts)
         levels[:, group] = made
@@ -208,7 +212,7 @@ def _with_codebook(
     flat, flat_weight = grouped.flatten(0, 1), weight.expand_as(grouped).flatten(0, 1)
     flat, flat_weight = _sample(flat, flat_weight, config.codebook_sample, generator)
     table = fit_codebook(flat, flat_weight, scheme.codebook_size, config.codebook_rounds, config.codebook_shortlist, generator, scheme.level_family == "affine")
-    table, table_unit = _on_grid(table, flat[::2], flat_weight[::2])
+    table, table_unit = _on_grid(table, flat[::2], flat_weight[::2], scheme.level_family)
     group_codes = torch.empty(w.shape[0], grouped.shape[1], dtype=torch.uint8, device=w.device)
 
     def choose(columns: Tensor, first: int, group: int) -> Tensor:
@@ -218,4 +222,4 @@ def _with_codebook(
 
     codes, latent = quantize_columns(w, upper, scheme.group_size, choose)
     row_scale = unit.squeeze(1) * table_unit
-    return QuantizedWeight(codes, row_scale, scheme.group_size, group_codes=group_codes, codebook=to_grid(table / table_unit)), latent
+    return QuantizedWeight(codes, row_scale, scheme.group_size, group_codes=group_codes, codebook=(table / table_unit).round()), latent

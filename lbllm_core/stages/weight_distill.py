@@ -9,7 +9,7 @@ levels or table entries and row scales; in the paper's parameterisation also the
 
 from __future__ import annotations
 
-from lbllm_core.config import WeightDistillConfig
+from lbllm_core.config import SchemeConfig, WeightDistillConfig
 from lbllm_core.engine.block_sweep import BlockJob
 from lbllm_core.engine.train_block import TrainingPlan, train_block
 from lbllm_core.model.linear import LearningRates
@@ -26,15 +26,16 @@ def learning_rates(config: WeightDistillConfig) -> LearningRates:
         levels=config.lr_levels * levels,
         row_scale=config.lr_levels * levels,
         bitmap=config.lr_bitmap * (config.trained == "all"),
+        norms=config.lr_norms,
     )
 
 
-def distill_block(job: BlockJob, start: BlockState, config: WeightDistillConfig, seed: int) -> tuple[BlockState, dict[str, float]]:
-    """Train one block from stage 1's state. Latent weights are dropped: from here on codes are fixed."""
+def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config: WeightDistillConfig, seed: int) -> tuple[BlockState, dict[str, float]]:
+    """Train one block from stage 1's state."""
     mode: Mode = "nearest"
     if config.parameterization == "latent":
         mode = "latent_soft" if config.bitmap_start == "soft" else "latent_hard"
-    block = build_block(job.teacher_block, start, mode)
+    block = build_block(job.teacher_block, start, mode, family=scheme.level_family)
     plan = TrainingPlan(
         rates=learning_rates(config),
         epochs=config.epochs,
@@ -45,6 +46,7 @@ def distill_block(job: BlockJob, start: BlockState, config: WeightDistillConfig,
         polarize=config.polarize,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
+        reassign_epochs=config.reassign_epochs,
     )
     figures = train_block(block, job, plan)
     return read_state(block, start), figures

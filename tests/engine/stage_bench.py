@@ -52,7 +52,7 @@ class Bench:
         self.sweep(folder, lambda job: quantize_block(job, scheme, config, seed), SweepPlan("ptq_init", False))
         return self.states(folder)
 
-    def stage2(self, start: Path, folder: Path, seed: int = 0, **changes):
+    def stage2(self, start: Path, folder: Path, seed: int = 0, scheme: SchemeConfig = A16, **changes):
         config = replace(WeightDistillConfig(), **changes)
-        self.sweep(folder, lambda job: distill_block(job, load_block(start, job.index, "none"), config, seed), SweepPlan("weight_distill", True))
+        self.sweep(folder, lambda job: distill_block(job, load_block(start, job.index, "none"), scheme, config, seed), SweepPlan("weight_distill", True))
         return self.states(folder)

@@ -52,7 +52,7 @@ def stage_of(stage, root):
         return lambda job: quantize_block(job, A4, PtqInitConfig(), 0), SweepPlan(stage, False)
     if stage == "weight_distill":
         config = WeightDistillConfig(epochs=2, batch_size=4)
-        return lambda job: distill_block(job, load_block(root / "ptq_init", job.index, "none"), config, 0), SweepPlan(stage, True)
+        return lambda job: distill_block(job, load_block(root / "ptq_init", job.index, "none"), A4, config, 0), SweepPlan(stage, True)
     config = ActQuantConfig(batch_size=4, lr_levels=5e-3)
     plan = SweepPlan(stage, True, variant=A4.act_variant, kv_bits=A4.kv_bits)
     return lambda job: refine_block(job, load_block(root / "weight_distill", job.index, "none"), A4, config, 0), plan
@@ -123,8 +123,7 @@ def test_block_files_hold_the_whole_state(students):
         again = state_tensors(state_from_tensors(tensors, variant))
         assert again.keys() == tensors.keys()
         assert all(torch.equal(again[k], tensors[k]) for k in tensors)
-    assert any(k.endswith(".latent") for k in Ledger(students / "ptq_init").load(1))
-    assert not any(k.endswith(".latent") for k in Ledger(students / "weight_distill").load(1))
+    assert sum(k.endswith(".latent") for k in Ledger(students / "act_quant").load(1)) == 7  # the weights behind the codes, for stage 4
     assert {k for k in tensors if k.startswith("site.")} == {"site.qkv", "site.o", "site.gate_up", "site.down"}
 
 
@@ -174,7 +173,7 @@ def explodes_in_block_1(students):
         if job.index == 1:
             job = replace(job, target=job.target.clone())
             job.target[0, 5] = math.nan
-        return distill_block(job, load_block(students / "ptq_init", job.index, "none"), config, 0)
+        return distill_block(job, load_block(students / "ptq_init", job.index, "none"), A4, config, 0)
 
     return work
 
@@ -193,7 +192,7 @@ def test_learning_rate_that_explodes(bench, students, tmp_path):
     """Beyond what a configuration allows, so that gains overflow: the parameter that broke is named."""
     def work(job):
         config = WeightDistillConfig(epochs=8, batch_size=2, lr_levels=1e3, lr_weight=0.0, grad_clip=0.0)
-        return distill_block(job, load_block(students / "ptq_init", job.index, "none"), config, 0)
+        return distill_block(job, load_block(students / "ptq_init", job.index, "none"), A4, config, 0)
 
     with pytest.raises(NumericalError, match=r"block 0: the loss became (nan|inf).*last finite loss \d.*[Tt]ry a learning rate"):
         bench.sweep(tmp_path, work, SweepPlan("weight_distill", True))
@@ -218,7 +217,23 @@ E2E = EndToEndConfig(steps=7, batch_size=4, micro_batch=2, checkpoint_every=2)
 
 def refined(bench, students, folder, config=E2E, report=silent):
     states = [load_block(students / "act_quant", i, A4.act_variant) for i in range(2)]
-    return refine(Refinement(bench.decoder, config, CPU, 0), bench.ids, states, A4.kv_bits, Ledger(folder, "checkpoint"), report)
+    return refine(Refinement(bench.decoder, config, A4, CPU, 0), bench.ids, states, Ledger(folder, "checkpoint"), report)
+
+
+def test_stage_4_moves_codes_only_when_weights_have_a_rate(bench, students, tmp_path):
+    before = [load_block(students / "act_quant", i, A4.act_variant) for i in range(2)]
+    assert all(len(state.latents) == 7 for state in before)  # stages 2 and 3 hand the weights behind the codes on
+
+    def moved(states):
+        pairs = [(a.linears[p].codes, b.linears[p].codes) for a, b in zip(before, states, strict=True) for p in a.linears]
+        return sum(int((a != b).sum()) for a, b in pairs)
+
+    frozen, _ = refined(bench, students, tmp_path / "frozen")
+    free, losses = refined(bench, students, tmp_path / "free", replace(E2E, lr_weight=2e-3, lr_norms=1e-3))
+    assert moved(frozen) == 0
+    assert moved(free) > 100
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert not any(torch.equal(a.norms[n], b.norms[n]) for a, b in zip(before, free, strict=True) for n in a.norms)
 
 
 def same(a, b):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_kernels.activation import ActFactors, dequantize_activations, piecewise_values, quantize_activations
 
-from lbllm_core.quant.activation import ActQuantizer, code_positions, fake_quantize
+from lbllm_core.quant.activation import ActQuantizer, _codes, code_positions, fake_quantize
 
 SHARES = st.floats(0.05, 1.5)
 KNEES = st.floats(0.02, 0.98)
@@ -175,3 +175,15 @@ def test_constrain_keeps_factors_legal():
     quantizer.constrain()
     f = quantizer.factors()  # raises when a number is out of range
     assert (f.clip_max, f.clip_min, f.knee_low, f.knee_high) == pytest.approx((0.05, 1.5, 0.02, 0.98))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["uniform", "piecewise"]), SHARES, SHARES, KNEES, KNEES, st.integers(1, 48), st.integers(0, 10_000))
+def test_codes_without_the_compiled_quantizer_are_the_same(variant, clip_max, clip_min, low, high, channels, seed):
+    x = tokens(40, channels, seed)
+    numbers = [torch.tensor(v) for v in (clip_max, clip_min, low, high)]
+    q, scale, zero = _codes(x, *numbers, variant)
+    expected = quantize_activations(x, ActFactors(variant, *(float(v) for v in numbers)))
+    assert torch.equal(q, expected[0])
+    assert torch.equal(scale, expected[1])
+    assert torch.equal(zero.int(), expected[2])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels, level_masses
-from lbllm_core.quant.uniform import fit_affine, nearest_affine, round_to_nearest
+from lbllm_core.quant.uniform import fit_affine, fit_int2, nearest_affine, round_to_nearest
 from lbllm_core.quant.weight import (
     GRID,
     dequantize,
@@ -262,3 +262,19 @@ def test_snap_is_idempotent_and_errs_by_half_a_grid_step(rows, columns, size, se
     assert bool((error <= real.row_scale * 0.5001).all())
     again = from_real_levels(codes, snapped.levels * snapped.row_scale[:, None, None], size)
     assert torch.allclose(dequantize(snap(again)), dequantize(snapped), rtol=1e-5, atol=1e-7)
+
+
+def test_int2_beats_rounding_and_loses_to_a_free_offset():
+    """An integer zero is a restriction of the affine grid; per zero the step is the least-squares one."""
+    g = torch.Generator().manual_seed(11)
+    w, h = torch.randn(60, 32, generator=g) + 0.3, torch.rand(60, 32, generator=g)
+    made = fit_int2(w, h, rounds=20)
+    step = (made[:, 3:] - made[:, :1]) / 3
+    zero = -made[:, :1] / step
+    assert torch.allclose(zero, zero.round(), atol=1e-4)
+    assert torch.allclose(made.diff(dim=-1), step.expand(-1, 3), atol=1e-5)
+    errors = [weighted_error(w, h, levels).sum() for levels in (fit_affine(w, h, 20), made, round_to_nearest(w))]
+    assert errors[0] < errors[1] < errors[2]
+    grid = torch.linspace(0.05, 2, 400)
+    brute = torch.stack([weighted_error(w, h, s * (torch.arange(4.0) - z).expand(60, 4)) for s in grid for z in range(4)]).amin(0)
+    assert float((weighted_error(w, h, made) / brute).median()) < 1.02

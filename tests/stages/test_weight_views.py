@@ -283,3 +283,63 @@ def test_building_does_not_touch_the_teacher(make_model):
         for p in made.parameters():
             p.add_(1)
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["affine", "int2"])
+def test_controls_stay_in_their_family_while_they_train(family):
+    """After any disturbance the levels are base + c * step with both on the grid, or step * (c - zero): never four free ones."""
+    view, q = view_of("nearest", latent_of(10, 64), 16, "explicit")
+    view = NearestWeight(q, view.latent.detach(), family=family)
+    disturb(view, 0.2)
+    stored = view.quantized()
+    assert torch.equal(dequantize(stored), view())
+    base, steps = stored.levels[..., :1], stored.levels.diff(dim=-1)
+    if family == "affine":
+        assert bool((steps == steps[..., :1]).all())
+        assert bool((steps[..., 0] >= 0).all())
+    else:
+        step = (stored.levels[..., 3:] - base) / 3
+        zero = (-base / step.clamp_min(1e-6)).round()
+        assert bool(((zero >= 0) & (zero <= 3)).all())
+        assert float((stored.levels - step * (torch.arange(4) - zero)).abs().max()) <= 1.01  # rounding into the container
+    assert len({tuple(s) for s in stored.levels.flatten(0, 1).tolist()}) > 5
+    (view() * torch.randn(10, 64, generator=torch.Generator().manual_seed(1))).sum().backward()
+    assert float(view.store.levels.grad.abs().max()) > 0
+
+
+def test_groups_choose_the_entry_that_suits_their_weights():
+    """After `reassign` no group would lose less with another entry (brute force over all entries, float64)."""
+    latent = latent_of(12, 64)
+    view, _ = view_of("nearest", latent, 16, "codebook")
+    importance = torch.rand(12, 64, generator=torch.Generator().manual_seed(2))
+    disturb(view, 0.1)
+    moved = view.reassign(importance, shortlist=6)
+    assert 0.1 < moved <= 1
+    table = view.store.entries().detach().double()
+    grouped = split_groups(view.latent.detach() / view.store.scale().detach()[:, None], 16).double()
+    cost = ((grouped[:, :, None, :, None] - table[None, None, :, None, :]) ** 2).amin(-1)
+    cost = (cost * split_groups(importance, 16).double()[:, :, None]).sum(-1)
+    chosen = cost.gather(-1, view.store.group_codes.long()[..., None]).squeeze(-1)
+    assert torch.allclose(chosen, cost.amin(-1), rtol=1e-5)
+    assert view.reassign(importance, shortlist=6) == 0.0
+
+
+def test_latent_weights_start_inside_the_cells_of_their_codes():
+    _, q = view_of("nearest", latent_of(10, 64), 16, "explicit")
+    other = replace(q, codes=(3 - q.codes))
+    assert torch.equal(NearestWeight(other, latent_of(10, 64)).quantized().codes, other.codes)
+
+
+def test_norms_learn_when_they_have_a_rate(make_model):
+    teacher_block = Decoder(make_model("llama")).blocks[0]
+    start = state_of(teacher_block, "explicit")
+    block = build_block(teacher_block, start, "nearest")
+    kinds = {g["kind"]: g["params"] for g in parameter_groups(block, LearningRates(norms=1e-3))}
+    assert list(kinds) == ["norms"]
+    assert len(kinds["norms"]) == 2
+    with torch.no_grad():
+        kinds["norms"][0].mul_(1.5)
+    read = read_state(block, start)
+    assert torch.allclose(read.norms[NORMS[0]], start.norms[NORMS[0]] * 1.5)
+    assert torch.equal(read.norms[NORMS[1]], start.norms[NORMS[1]])
+    assert set(read.latents) == set(SITE_OF)
