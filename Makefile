@@ -15,7 +15,7 @@ export DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help install run test up down status lint kernels tables clean
+.PHONY: help install run test up down status config lint kernels tables clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 
 run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... section.field=value'; FULL=1: full evaluation
 	@$(PY) -m flows.launch run $(if $(FULL),--full) $(if $(RECORD),--record results/pipeline_cpu.json) $(ARGS)
+
+config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for machines that run `python -m lbllm_core.run --config`
+	@$(PY) -m flows.launch config $(ARGS)
 
 test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part
 	@$(PY) -m pytest $(TESTS)

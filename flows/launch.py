@@ -55,6 +55,15 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
     return 0
 
 
+def show_config(overrides: Sequence[str]) -> int:
+    """The resolved configuration as JSON, for `python -m lbllm_core.run --config` on a machine without Hydra."""
+    from flows.compose import compose
+    from lbllm_core.config import config_to_dict
+
+    print(json.dumps(config_to_dict(compose(overrides)), indent=1, sort_keys=True))
+    return 0
+
+
 def up(home: Path) -> int:
     """Prefect's server, MLflow's page and the served deployment; what already runs is left as it is."""
     with servers.one_at_a_time(home):
@@ -124,7 +133,7 @@ class PeakMemory:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows.launch", description="Run LBLLM's flow, or its background programs.")
-    parser.add_argument("action", choices=("run", "up", "down", "status"))
+    parser.add_argument("action", choices=("run", "up", "down", "status", "config"))
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--record", type=Path, help="also write the measured times into this results file")
     parser.add_argument("--full", action="store_true", help="evaluate on complete splits (evaluation=full)")
@@ -132,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     overrides = [*(["evaluation=full"] if chosen.full else []), *chosen.overrides]
     try:
+        if chosen.action == "config":
+            return show_config(overrides)
         home = home_folder()
         if chosen.action == "run":
             return run(home, overrides, chosen.record)

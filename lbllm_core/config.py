@@ -123,7 +123,6 @@ class WeightDistillConfig:
     lr_levels: float = number(2e-3, 0.0, 1.0, help="levels or codebook entries, as fractions of the row's largest; row scales, relative")
     lr_bitmap: float = number(1e-4, 0.0, 1.0, help="latent bitmap (latent only)")
     lr_norms: float = number(0.0, 0.0, 1.0, help="weights of the two norms of a block")
-    reassign_epochs: int = number(0, 0, 100, help="groups choose their table entries again at the start of this many epochs after the first (codebook)")
     lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
     polarize: float = number(0.0, 0.0, 1e3, help="weight of the regulariser that drives the latent bitmap to 0 or 1")
     beta_start: float = number(20.0, 0.0, 100.0, help="its exponent at the start")
@@ -190,7 +189,7 @@ class EvaluationConfig:
     tasks: tuple[str, ...] = words(help="zero-shot tasks")
     task_limit: int = number(0, 0, 1 << 20, help="examples a task (0: the full split); part of the metric's name")
     batch_tokens: int = number(4096, 16, 1 << 20, help="tokens a forward pass")
-    baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage1_explicit, rtn")
+    baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage2, stage3 (the model after that stage), stage1_explicit, rtn")
 
 
 @dataclass(frozen=True)
@@ -283,9 +282,14 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"dataset.seq_len={d.seq_len} is longer than the model's context of {c.model.context} tokens")
     if c.end_to_end.batch_size % c.end_to_end.micro_batch:
         found.append(f"end_to_end.batch_size={c.end_to_end.batch_size} is not a multiple of end_to_end.micro_batch={c.end_to_end.micro_batch}")
+    rows = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
     for row in c.evaluation.baselines:
-        if row not in ("stage1", "stage1_explicit", "rtn"):
-            found.append(f"evaluation.baselines holds {row!r}; allowed: stage1, stage1_explicit, rtn")
+        if row not in rows:
+            found.append(f"evaluation.baselines holds {row!r}; allowed: {', '.join(rows)}")
+    if "stage2" in c.evaluation.baselines and not c.weight_distill.enabled:
+        found.append("evaluation.baselines holds stage2, which weight_distill.enabled=false leaves out")
+    if "stage3" in c.evaluation.baselines and not (c.act_quant.enabled and min(s.act_bits, s.kv_bits) < 16):
+        found.append("evaluation.baselines holds stage3, which act_quant.enabled=false or scheme.act_bits=16 leaves out")
     return found
 
 

@@ -2,7 +2,7 @@
 
     teacher ──────────────────────────────────────────────┐ (first: its gate stops a run that cannot mean anything)
     ptq_init → weight_distill → act_quant → end_to_end → pack_and_benchmark → evaluate_model      the row `final`
-        └──────────────────────────────────────────────→ pack_and_benchmark → evaluate_model      the row `stage1`
+        └──────────────────────────────────────────────→ pack_and_benchmark → evaluate_model      the row `stage1`, likewise stage2, stage3
 
 `plan(config)` lists the steps of one run; baseline rows are the same steps under a changed config, so that they share the
 cache with everything else. Nothing here knows how a step is executed: `run.py` walks the plan in this process, `flows/`
@@ -58,6 +58,7 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
         )
     }
 )
+AFTER = MappingProxyType({"stage1": "ptq_init", "stage2": "weight_distill", "stage3": "act_quant"})  # rows that are the model after a stage
 STAGES = ("ptq_init", "weight_distill", "act_quant", "end_to_end")  # the steps that hand a student on
 
 
@@ -122,20 +123,23 @@ def _measured(config: RunConfig, row: str, student: str) -> list[PlannedStep]:
 
 
 def baseline_steps(config: RunConfig, row: str) -> list[PlannedStep]:
-    """The steps of a row beside the final one: stage 1 under `baseline_config`, packed (without a benchmark) and evaluated."""
+    """The steps of a row beside the final one, packed (without a benchmark) and evaluated: the student after a stage, or stage 1
+    under `baseline_config`."""
     changed = baseline_config(config, row)
+    if row in AFTER:
+        return _measured(changed, row, AFTER[row])
     start = PlannedStep(f"{row}/ptq_init", SPECS["ptq_init"], changed, row)
     return [start, *_measured(changed, row, start.name)]
 
 
 def baseline_config(config: RunConfig, row: str) -> RunConfig:
-    """stage1: as configured; stage1_explicit: four stored levels, G=64; rtn: those by rounding to nearest, uncompensated.
+    """stage1, stage2, stage3: as configured; stage1_explicit: four stored levels, G=64; rtn: those by rounding to nearest, uncompensated.
 
     Rows beside the final one are measured by perplexity alone: zero-shot tasks would double the time of a run.
     """
     changed = replace(config, pack=replace(config.pack, benchmark=False), evaluation=replace(config.evaluation, tasks=()))
     if row in ("stage1_explicit", "rtn"):
-        changed = replace(changed, scheme=replace(changed.scheme, level_mode="explicit", group_size=64))
+        changed = replace(changed, scheme=replace(changed.scheme, level_mode="explicit", level_family="free", group_size=64))
     if row == "rtn":
         changed = replace(changed, ptq_init=replace(changed.ptq_init, method="rtn", error_compensation=False))
     return changed

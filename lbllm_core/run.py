@@ -25,6 +25,8 @@ from lbllm_core.engine.terminal import Terminal
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.overrides import all_problems, explain, merged, read
 from lbllm_core.pipeline import Finished, check_gate, facts, plan, why_skipped
+from lbllm_core.report.method import method_records
+from lbllm_core.report.records import write_results
 from lbllm_core.report.summary import result_rows, step_cells, step_entries
 from lbllm_core.report.tables import comparison, plain
 
@@ -79,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lbllm_core.run", description="Binarize a model without Prefect and MLflow.")
     parser.add_argument("--config", type=Path, help="JSON file of sections")
     parser.add_argument("--home", type=Path, help="home folder for artifacts (default: LBLLM_HOME, else .lbllm)")
+    parser.add_argument("--record", type=Path, help="also write the rows into this results file")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     chosen = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -89,7 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LbllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(plain(comparison(result_rows(finished))))
+    rows = result_rows(finished)
+    if chosen.record:
+        write_results(chosen.record, f"python -m lbllm_core.run ({config.experiment})", method_records(config, rows))
+    print(plain(comparison(rows)))
     print(plain(step_cells(step_entries(finished))))
     return 0
 

@@ -9,9 +9,6 @@ sequences depends on the seed and the block alone, so a resumed run repeats it e
 A block of a small model is hundreds of kernels of a few microseconds each. On a GPU the whole step (forward, backward, clipping,
 update) is therefore recorded once a block as a CUDA graph and replayed; batches are copied into fixed buffers, and learning
 rates are tensors. A batch of another size (the last one of an epoch) runs as plain calls of the same step.
-
-In codebook mode the group codes may be chosen anew between epochs (`reassign_epochs`): each group takes the entry that suits its
-trained weights best, an error in a weight costing what the optimizer's second moment (a diagonal Fisher estimate) says it costs.
 """
 
 from __future__ import annotations
@@ -25,12 +22,11 @@ from torch import Tensor, nn
 
 from lbllm_core.engine.block_sweep import BlockJob
 from lbllm_core.errors import NumericalError
-from lbllm_core.model.linear import LatentBitmapWeight, LearningRates, NearestWeight
-from lbllm_core.model.student_block import constrain, parameter_groups, quant_linears
+from lbllm_core.model.linear import LatentBitmapWeight, LearningRates
+from lbllm_core.model.student_block import constrain, parameter_groups
 
 CHECK_EVERY = 8  # steps between looks at the loss; each look waits for the device
 WARM_UP = 3  # plain steps before a graph is recorded: lazy initialisation must not be part of it
-SHORTLIST = 2  # table entries compared exactly when groups choose again
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,6 @@ class TrainingPlan:
     polarize: float = 0.0
     beta_start: float = 20.0
     beta_end: float = 2.0
-    reassign_epochs: int = 0
 
 
 def cosine(step: int, total: int, final: float) -> float:
@@ -74,20 +69,16 @@ def train_block(block: nn.Module, job: BlockJob, plan: TrainingPlan) -> dict[str
     generator = torch.Generator().manual_seed(plan.seed * 100_003 + job.index)
     trainer = _Trainer(block, job, plan, groups)
     watch = _LossWatch(job.index)
-    first = last = moved = 0.0
+    first = last = 0.0
     for step in range(total):
         if step % steps_an_epoch == 0:
-            epoch = step // steps_an_epoch
             order = torch.randperm(n, generator=generator).to(job.inputs.device)
-            if 0 < epoch <= plan.reassign_epochs:
-                moved = _reassign(block, trainer.optimizer)
         at = order[(step % steps_an_epoch) * plan.batch_size :][: plan.batch_size]
         loss = trainer.step(at, cosine(step, total, plan.lr_final), step / max(total - 1, 1))
         if step % CHECK_EVERY == 0 or step == total - 1:
             last = watch.look(float(loss.detach()), block)
             first = last if step == 0 else first
-    figures = {"loss_before": first, "loss_after": last, "train_steps": float(total)}
-    return figures | ({"groups_moved": moved} if plan.reassign_epochs else {})
+    return {"loss_before": first, "loss_after": last, "train_steps": float(total)}
 
 
 class _Trainer:
@@ -156,16 +147,6 @@ class _Trainer:
             for value in state.values():
                 value.zero_()
         self.buffers = (x, y, loss)
-
-
-def _reassign(block: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Let the groups of every linear choose their entries again; returns the mean share that moved."""
-    shares = []
-    for linear in quant_linears(block).values():
-        view = linear.weight_view
-        if isinstance(view, NearestWeight) and view.latent in optimizer.state:
-            shares.append(view.reassign(optimizer.state[view.latent]["exp_avg_sq"], SHORTLIST))
-    return sum(shares) / len(shares) if shares else 0.0
 
 
 def _polarization(block: nn.Module, plan: TrainingPlan, progress: Tensor) -> Tensor | float:

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_core.quant.level_fit import choose_entries
 from lbllm_core.quant.uniform import affine_levels, as_affine, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
@@ -158,24 +157,6 @@ class NearestWeight(nn.Module):
         """The trained weight as a value."""
         codes = nearest_codes(split_groups(self.latent, self.store.group_size), self.store.scaled())
         return self.store.quantized(join_groups(codes, self.latent.shape[1]).contiguous())
-
-
-    @torch.no_grad()
-    def reassign(self, importance: Tensor, shortlist: int) -> float:
-        """Let each group take the table entry that suits its latent weights best; returns the share of groups that moved.
-
-        importance `(out, in)`: what an error in each weight costs. Without a table nothing happens.
-        """
-        if self.store.group_codes is None:
-            return 0.0
-        size, table = self.store.group_size, self.store.entries()
-        grouped = split_groups(self.latent / self.store.scale()[:, None], size).flatten(0, 1)
-        unit = table.square().mean().sqrt().clamp_min(1e-12)  # the search works in units of a typical level
-        weight = split_groups(importance, size).flatten(0, 1)
-        entry = choose_entries(grouped / unit, weight, table / unit, shortlist).to(torch.uint8).view_as(self.store.group_codes)
-        moved = float((entry != self.store.group_codes).float().mean())
-        self.store.group_codes.copy_(entry)
-        return moved
 
 
 class FrozenWeight(nn.Module):

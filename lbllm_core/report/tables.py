@@ -22,6 +22,8 @@ ROW_TITLES = {
     "rtn": "round to nearest",
     "stage1_explicit": "stage 1, explicit levels",
     "stage1": "stage 1 only",
+    "stage2": "after stage 2",
+    "stage3": "after stage 3",
     "final": "final",
 }
 # figure -> (title, format, how it is compared: ratio, share or not at all)

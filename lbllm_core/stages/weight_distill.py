@@ -46,7 +46,6 @@ def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config
         polarize=config.polarize,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
-        reassign_epochs=config.reassign_epochs,
     )
     figures = train_block(block, job, plan)
     return read_state(block, start), figures

@@ -307,23 +307,6 @@ def test_controls_stay_in_their_family_while_they_train(family):
     assert float(view.store.levels.grad.abs().max()) > 0
 
 
-def test_groups_choose_the_entry_that_suits_their_weights():
-    """After `reassign` no group would lose less with another entry (brute force over all entries, float64)."""
-    latent = latent_of(12, 64)
-    view, _ = view_of("nearest", latent, 16, "codebook")
-    importance = torch.rand(12, 64, generator=torch.Generator().manual_seed(2))
-    disturb(view, 0.1)
-    moved = view.reassign(importance, shortlist=6)
-    assert 0.1 < moved <= 1
-    table = view.store.entries().detach().double()
-    grouped = split_groups(view.latent.detach() / view.store.scale().detach()[:, None], 16).double()
-    cost = ((grouped[:, :, None, :, None] - table[None, None, :, None, :]) ** 2).amin(-1)
-    cost = (cost * split_groups(importance, 16).double()[:, :, None]).sum(-1)
-    chosen = cost.gather(-1, view.store.group_codes.long()[..., None]).squeeze(-1)
-    assert torch.allclose(chosen, cost.amin(-1), rtol=1e-5)
-    assert view.reassign(importance, shortlist=6) == 0.0
-
-
 def test_latent_weights_start_inside_the_cells_of_their_codes():
     _, q = view_of("nearest", latent_of(10, 64), 16, "explicit")
     other = replace(q, codes=(3 - q.codes))

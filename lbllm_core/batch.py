@@ -1,0 +1,123 @@
+"""Several runs side by side on one device: `python -m lbllm_core.batch --jobs 4 --record results/method.json run1.json run2.json`.
+
+A small model does not fill a large GPU: its kernels take microseconds and the processor is what one waits for. So a few runs
+share it, each in a process of its own, all with one home folder: steps that two runs have in common are done once (the second
+waits at the step's lock and reuses it). A configuration file is what `make config ARGS=...` prints.
+
+Every run has a log in `<home>/logs`; its rows are recorded when it ends. `--minutes` ends the batch early: what is finished is
+kept, and the same command goes on from there. Exit code 1 when a run failed or had to be stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lbllm_core.engine.artifacts import home_folder, prepare_home
+from lbllm_core.errors import LbllmError
+from lbllm_core.report.method import same_row
+from lbllm_core.report.records import Record, read_results, write_results
+from lbllm_core.report.tables import pivot, plain
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its configuration file, where its words and its rows go."""
+
+    config: Path
+    log: Path
+    rows: Path
+
+
+def start(job: Job, home: Path) -> subprocess.Popen[bytes]:
+    """The run as a process; what it says goes into the log."""
+    job.rows.unlink(missing_ok=True)
+    with job.log.open("wb") as log:
+        command = [sys.executable, "-m", "lbllm_core.run", "--config", str(job.config), "--home", str(home), "--record", str(job.rows)]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+
+
+def run_all(jobs: Sequence[Job], home: Path, at_once: int, seconds: float) -> dict[str, str]:
+    """Run them, `at_once` at a time, for at most `seconds` in all. Returns what became of each, by the name of its file."""
+    waiting, running, outcome = list(jobs), dict[Path, tuple[Job, subprocess.Popen[bytes], float]](), dict[str, str]()
+    began = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once and time.monotonic() - began < seconds:
+                job = waiting.pop(0)
+                running[job.config] = (job, start(job, home), time.monotonic())
+            if time.monotonic() - began >= seconds:
+                break
+            time.sleep(POLL_SECONDS)
+            for path, (job, process, since) in list(running.items()):
+                if process.poll() is not None:
+                    del running[path]
+                    outcome[path.stem] = "done" if process.returncode == 0 else f"failed: {_last_words(job.log)}"
+                    print(f"{path.stem}: {outcome[path.stem]}, {time.monotonic() - since:.0f} s", flush=True)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
+    stopped = [job.config.stem for job, _, _ in running.values()] + [job.config.stem for job in waiting]
+    return outcome | dict.fromkeys(stopped, "stopped: the time was over; the same command goes on from here")
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def collect(jobs: Sequence[Job], record: Path) -> list[Record]:
+    """Put the rows of the finished runs into the results file, in place of older ones of the same runs."""
+    found = [r for job in jobs if job.rows.exists() for r in read_results(job.rows)["records"]]
+    found = [r for i, r in enumerate(found) if not any(same_row(r, later) for later in found[i + 1 :])]
+    if found:
+        names = " ".join(job.config.name for job in jobs)
+        write_results(record, f"python -m lbllm_core.batch {names}", found, keep=lambda old: not any(same_row(old, new) for new in found))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lbllm_core.batch", description="Run several configurations side by side on one device.")
+    parser.add_argument("configs", nargs="+", type=Path, metavar="RUN.json")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes")
+    parser.add_argument("--home", type=Path, help="home folder for artifacts (default: LBLLM_HOME, else .lbllm)")
+    parser.add_argument("--record", type=Path, required=True, help="results file to add the rows to")
+    chosen = parser.parse_args(arguments)
+    try:
+        for path in chosen.configs:
+            json.loads(path.read_text(encoding="utf-8"))
+        home = prepare_home(chosen.home) if chosen.home else home_folder()
+        logs = home / "logs"
+        logs.mkdir(exist_ok=True)
+        jobs = [Job(path, logs / f"{path.stem}.log", logs / f"{path.stem}.rows.json") for path in chosen.configs]
+        outcome = run_all(jobs, home, max(1, chosen.jobs), 60 * chosen.minutes)
+        records = collect(jobs, chosen.record)
+    except (OSError, ValueError) as error:
+        print(f"a configuration cannot be read: {error}", file=sys.stderr)
+        return 2
+    except LbllmError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    shown = [r for r in records if r["name"].startswith("ppl_") and not r["name"].endswith("_stderr")]
+    if shown:
+        print(plain(pivot(shown, ("experiment", "scheme", "control", "act_variant", "kv_bits", "seed", "row"), "name")))
+    for name, end in outcome.items():
+        print(f"{name}: {end}")
+    return int(any(end != "done" for end in outcome.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

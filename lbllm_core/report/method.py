@@ -1,0 +1,73 @@
+"""The rows of a run as records of `results/method.json`: what was trained how, on how much text, and what the packed model scored.
+
+Two figures are comparable when model, protocol (in the name), activations and bits agree; everything that can differ is in the
+context. `control` names the level family that was asked the same question (`none` is ours, W(1+1) with free levels), `stages` the
+stages that the row went through, `tokens` the distinct tokens that it learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lbllm_core.config import RunConfig
+from lbllm_core.pipeline import baseline_config, why_skipped
+from lbllm_core.report.records import Record
+
+PREFIXES = ("ppl_", "acc_")
+STAGE_OF = {"stage1": 1, "stage2": 2, "stage3": 3, "final": 4, "stage1_explicit": 1, "rtn": 1}
+STEPS = {1: "ptq_init", 2: "weight_distill", 3: "act_quant", 4: "end_to_end"}
+
+
+def control_of(config: RunConfig) -> str:
+    """The word of method.json for a config's levels."""
+    s = config.scheme
+    if config.ptq_init.method == "rtn":
+        return "rtn"
+    if s.level_family == "free":
+        return "none"
+    return "int2" if s.level_family == "int2" else "affine_cb" if s.level_mode == "codebook" else "affine8"
+
+
+def stages_of(config: RunConfig, row: str) -> tuple[int, ...]:
+    """The stages that a row's model went through."""
+    skipped = why_skipped(config)
+    return tuple(n for n, step in STEPS.items() if n <= STAGE_OF[row] and step not in skipped)
+
+
+def method_records(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """Perplexities and accuracies of the result rows, one record a figure, with all that tells two of one name apart."""
+    made: list[Record] = []
+    for row in rows:
+        context: dict[str, Any] = {"model": config.model.name, "experiment": config.experiment, "seed": config.seed, "row": row["row"]}
+        if row["row"] == "teacher":
+            context |= {"scheme": "bf16", "control": "none", "packed": False}
+        else:
+            used = baseline_config(config, str(row["row"])) if row["row"] != "final" else config
+            s, stages = used.scheme, stages_of(used, str(row["row"]))
+            sequences = [used.ptq_init.sequences, used.weight_distill.sequences, used.act_quant.sequences, used.dataset.sequences]
+            context |= {
+                "scheme": s.name,
+                "control": control_of(used),
+                "stages": "+".join(map(str, stages)),
+                "level_mode": s.level_mode,
+                "group_size": s.group_size,
+                "act_variant": s.act_variant if s.act_bits < 16 else "none",
+                "kv_bits": s.kv_bits,
+                "smoothing": used.ptq_init.smoothing_exponent,
+                "parameterization": used.weight_distill.parameterization if 2 in stages else "",
+                "effective_bpw": row.get("effective_bpw"),
+                "tokens": max(sequences[n - 1] for n in stages) * used.dataset.seq_len,
+                "packed": True,
+            }
+        figures = {k: v for k, v in row.items() if k.startswith(PREFIXES) and isinstance(v, (int, float))}
+        made += [{"name": name, "value": value, "unit": "1", **context} for name, value in figures.items()]
+    return made
+
+
+MEASURED = ("value", "effective_bpw")
+
+
+def same_row(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two records are one figure of one row of one run, so that the newer replaces the older: all but what was measured is equal."""
+    return all(a.get(key) == b.get(key) for key in (a.keys() | b.keys()) - set(MEASURED))
