@@ -1,6 +1,6 @@
 """Where a run computes and in which precision: `auto` is resolved here, once.
 
-Matrix products of training run in bf16 where the hardware has matrix units for it (any recent GPU, CPUs with AMX), else in
+Matrix products of training run in bf16 where the hardware has matrix units for it (any recent GPU, CPUs with AMX or AVX-512 BF16), else in
 float32; masters, norms, losses and everything that decides a code stay in float32. The resolved choice is part of a step's
 key, because it changes results.
 """
@@ -33,9 +33,9 @@ class Hardware:
 
 
 def cpu_has_bf16_units() -> bool:
-    """True where bf16 products are several times faster than float32 ones (AMX tiles)."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(supported and supported())
+    """True where bf16 products are several times faster than float32 ones: AMX tiles, or AVX-512's bf16 dot products."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(bool(supported and supported()) for supported in asked)
 
 
 def resolve(config: HardwareConfig) -> Hardware:
