@@ -16,6 +16,7 @@ from typing import Any
 
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
+from lbllm_core.report.method_tables import method_table
 from lbllm_core.report.records import read_results
 from lbllm_core.report.tables import comparison, markdown, rows_of
 
@@ -42,9 +43,18 @@ def _embedded(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [r for r in content["records"] if r.get("model") == "smollm2_135m"]
 
 
+def strength_table(content: Mapping[str, Any]) -> str:
+    """Every row of the method at full strength and of its controls, on SmolLM2-135M-Instruct."""
+    return method_table(content["records"], "smollm2_135m")
+
+
 Table = Callable[[Mapping[str, Any]], str]
 TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
-    {"pipeline": ("pipeline_cpu.json", pipeline_table), "pipeline_times": ("pipeline_cpu.json", times_table)}
+    {
+        "pipeline": ("pipeline_cpu.json", pipeline_table),
+        "pipeline_times": ("pipeline_cpu.json", times_table),
+        "method": ("method.json", strength_table),
+    }
 )
 
 

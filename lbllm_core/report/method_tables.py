@@ -1,0 +1,81 @@
+"""The tables of docs/results.md from `results/method.json`: a line for each question that was asked, seeds gathered into mean and spread.
+
+A line is everything in a record's context but the seed. The value is the mean over seeds; with two or more, ± the standard
+deviation (n - 1), which is what a difference between lines has to be held against. Perplexities lie beside their ratio to the
+teacher's of the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lbllm_core.report.records import Record
+from lbllm_core.report.tables import Cells, markdown
+
+PROTOCOLS = ("ppl_wikitext2_s2048", "ppl_ptb_s2048", "ppl_c4_s2048")
+LEVELS = {"none": "free", "affine8": "affine8", "affine_cb": "affine", "int2": "INT2", "rtn": "rounded"}
+Line = tuple[Any, ...]
+
+
+def levels_of(record: Mapping[str, Any]) -> str:
+    """What a group's levels are, in words: `table of 256, free, G=16`."""
+    if record["row"] == "teacher":
+        return "teacher"
+    kind = LEVELS.get(str(record["control"]), str(record["control"]))
+    latent = ", latent W and G" if record.get("parameterization") == "latent" else ""
+    stored = "table, " if record["level_mode"] == "codebook" else ""
+    return f"{stored}{kind}, G={record['group_size']}{latent}"
+
+
+def activations_of(record: Mapping[str, Any]) -> str:
+    """`A16`, `A4 piecewise`, `A4 uniform KV4`."""
+    if record["row"] == "teacher":
+        return ""
+    variant = record["act_variant"]
+    return ("A16" if variant == "none" else f"A4 {variant}") + (" KV4" if record["kv_bits"] == 4 else "")
+
+
+def spread(values: Sequence[float]) -> str:
+    """`32.1`, or `32.1 ± 0.3` over seeds."""
+    mean = statistics.fmean(values)
+    return f"{mean:.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def lines_of(records: Iterable[Record]) -> dict[Line, dict[str, dict[int, float]]]:
+    """Line -> figure -> seed -> value. A line: experiment, levels, activations, stages, tokens."""
+    found: dict[Line, dict[str, dict[int, float]]] = {}
+    for r in records:
+        teacher = r["row"] == "teacher"
+        line = ("" if teacher else r["experiment"], levels_of(r), activations_of(r), r.get("stages", ""), r.get("tokens", 0))
+        figures = found.setdefault(line, {})
+        figures.setdefault(str(r["name"]), {})[int(r["seed"])] = float(r["value"])
+        if r.get("effective_bpw"):
+            figures.setdefault("effective_bpw", {})[int(r["seed"])] = float(r["effective_bpw"])
+    return found
+
+
+def method_table(records: Iterable[Record], model: str) -> str:
+    """Markdown: experiment, levels, activations, stages, tokens, bits, the three perplexities, seeds; best WikiText-2 last in each block."""
+    lines = lines_of(r for r in records if r["model"] == model and (str(r["name"]) in PROTOCOLS))
+    ceiling = next((figures for line, figures in lines.items() if line[1] == "teacher"), {})
+    cells: Cells = [["experiment", "levels", "activations", "stages", "tokens", "bits a weight", *(p.removeprefix("ppl_") for p in PROTOCOLS), "seeds"]]
+    for line, figures in sorted(lines.items(), key=_order):
+        values = []
+        for protocol in PROTOCOLS:
+            seeds = list(figures.get(protocol, {}).values())
+            top = list(ceiling.get(protocol, {}).values())
+            ratio = f" (x{statistics.fmean(seeds) / statistics.fmean(top):.2f})" if seeds and top and line[1] != "teacher" else ""
+            values.append(spread(seeds) + ratio if seeds else "")
+        bits = figures.get("effective_bpw", {})
+        tokens = f"{line[4] / 1e6:.2f} M" if line[4] else ""
+        count = max(len(figures.get(p, {})) for p in PROTOCOLS)
+        cells.append([line[0], line[1], line[2], line[3], tokens, f"{statistics.fmean(bits.values()):.3f}" if bits else "", *values, str(count)])
+    return markdown(cells)
+
+
+def _order(item: tuple[Line, dict[str, dict[int, float]]]) -> tuple[Any, ...]:
+    (experiment, levels, activations, stages, _), figures = item
+    quality = statistics.fmean(figures[PROTOCOLS[0]].values()) if PROTOCOLS[0] in figures else float("inf")
+    return (levels != "teacher", activations, stages, quality, experiment)
