@@ -1,7 +1,7 @@
 """Several runs side by side on one device: `python -m lbllm_core.batch --jobs 4 --record results/method.json run1.json run2.json`.
 
 A small model does not fill a large GPU: its kernels take microseconds and the processor is what one waits for. So a few runs
-share it, each in a process of its own, all with one home folder: steps that two runs have in common are done once (the second
+share it, each in a process of its own (several GPUs are filled evenly), all with one home folder: steps that two runs have in common are done once (the second
 waits at the step's lock and reuses it). A configuration file is what `make config ARGS=...` prints.
 
 Every run has a log in `<home>/logs`; its rows are recorded when it ends. `--minutes` ends the batch early: what is finished is
@@ -19,6 +19,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from lbllm_core.engine.artifacts import home_folder, prepare_home
 from lbllm_core.errors import LbllmError
@@ -38,23 +40,30 @@ class Job:
     rows: Path
 
 
-def start(job: Job, home: Path) -> subprocess.Popen[bytes]:
-    """The run as a process; what it says goes into the log."""
+def start(job: Job, home: Path, gpu: int | None) -> subprocess.Popen[bytes]:
+    """The run as a process that sees one GPU (None: as this process does); what it says goes into the log."""
+    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     job.rows.unlink(missing_ok=True)
     with job.log.open("wb") as log:
         command = [sys.executable, "-m", "lbllm_core.run", "--config", str(job.config), "--home", str(home), "--record", str(job.rows)]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | seen)
 
 
 def run_all(jobs: Sequence[Job], home: Path, at_once: int, seconds: float) -> dict[str, str]:
-    """Run them, `at_once` at a time, for at most `seconds` in all. Returns what became of each, by the name of its file."""
+    """Run them, `at_once` at a time, spread over the GPUs, for at most `seconds` in all. Returns what became of each, by its file's name."""
     waiting, running, outcome = list(jobs), dict[Path, tuple[Job, subprocess.Popen[bytes], float]](), dict[str, str]()
+    gpus = torch.cuda.device_count()
+    places = dict[Path, int]()  # running job -> GPU
     began = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < at_once and time.monotonic() - began < seconds:
                 job = waiting.pop(0)
-                running[job.config] = (job, start(job, home), time.monotonic())
+                taken = [places[path] for path in running if path in places]
+                gpu = min(range(gpus), key=taken.count) if gpus > 1 else None
+                if gpu is not None:
+                    places[job.config] = gpu
+                running[job.config] = (job, start(job, home, gpu), time.monotonic())
             if time.monotonic() - began >= seconds:
                 break
             time.sleep(POLL_SECONDS)

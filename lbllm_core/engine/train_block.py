@@ -6,9 +6,7 @@ The squared error is divided by the targets' energy, so that losses of different
 all. The first token of each sequence is left out: its activations are massive and would drown the rest. The order of
 sequences depends on the seed and the block alone, so a resumed run repeats it exactly.
 
-A block of a small model is hundreds of kernels of a few microseconds each. On a GPU the whole step (forward, backward, clipping,
-update) is therefore recorded once a block as a CUDA graph and replayed; batches are copied into fixed buffers, and learning
-rates are tensors. A batch of another size (the last one of an epoch) runs as plain calls of the same step.
+On a GPU the step is recorded once a block and replayed (`recorded_step.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_core.engine.block_sweep import BlockJob
+from lbllm_core.engine.recorded_step import RecordedStep
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.linear import LatentBitmapWeight, LearningRates
 from lbllm_core.model.student_block import constrain, parameter_groups
 
 CHECK_EVERY = 8  # steps between looks at the loss; each look waits for the device
-WARM_UP = 3  # plain steps before a graph is recorded: lazy initialisation must not be part of it
 
 
 @dataclass(frozen=True)
@@ -67,86 +65,27 @@ def train_block(block: nn.Module, job: BlockJob, plan: TrainingPlan) -> dict[str
     steps_an_epoch = -(-n // plan.batch_size)
     total = plan.epochs * steps_an_epoch
     generator = torch.Generator().manual_seed(plan.seed * 100_003 + job.index)
-    trainer = _Trainer(block, job, plan, groups)
+    energy = float(job.target[:, 1:].square().mean())
+
+    def gradients(inputs: Tensor, target: Tensor, progress: Tensor) -> Tensor:
+        loss = block_loss(job.run(block, inputs), target, energy)
+        (loss + _polarization(block, plan, progress)).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    update = RecordedStep(groups, gradients, lambda: constrain(block), plan.grad_clip, job.inputs.device)
+    progress = torch.zeros((), device=job.inputs.device)
     watch = _LossWatch(job.index)
     first = last = 0.0
     for step in range(total):
         if step % steps_an_epoch == 0:
             order = torch.randperm(n, generator=generator).to(job.inputs.device)
         at = order[(step % steps_an_epoch) * plan.batch_size :][: plan.batch_size]
-        loss = trainer.step(at, cosine(step, total, plan.lr_final), step / max(total - 1, 1))
+        progress.fill_(step / max(total - 1, 1))
+        loss = update(cosine(step, total, plan.lr_final), job.inputs[at], job.target[at], progress)
         if step % CHECK_EVERY == 0 or step == total - 1:
-            last = watch.look(float(loss.detach()), block)
+            last = watch.look(float(loss), block)
             first = last if step == 0 else first
     return {"loss_before": first, "loss_after": last, "train_steps": float(total)}
-
-
-class _Trainer:
-    """One optimizer step of a block, as plain calls or as a recorded graph."""
-
-    def __init__(self, block: nn.Module, job: BlockJob, plan: TrainingPlan, groups: list[dict[str, Any]]):
-        self.block, self.job, self.plan = block, job, plan
-        self.on_gpu = job.inputs.device.type == "cuda"
-        self.base = [float(g["lr"]) for g in groups]
-        if self.on_gpu:  # a recorded step reads its rates from tensors
-            groups = [g | {"lr": torch.tensor(g["lr"], device=job.inputs.device)} for g in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=self.on_gpu)
-        self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        assert job.target is not None
-        self.energy = float(job.target[:, 1:].square().mean())
-        self.progress = torch.zeros((), device=job.inputs.device)
-        self.graph: Any = None
-        self.buffers: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def step(self, at: Tensor, factor: float, progress: float) -> Tensor:
-        """Train on the sequences `at`; returns the loss before the update. Learning rates are `factor` of their base."""
-        assert self.job.target is not None
-        inputs, target = self.job.inputs[at], self.job.target[at]
-        if self.on_gpu and self.graph is None:
-            self._record(inputs, target)
-        self._set_rates(factor)
-        self.progress.fill_(progress)
-        if self.buffers is None or inputs.shape != self.buffers[0].shape:
-            return self._plain(inputs, target)
-        self.buffers[0].copy_(inputs)
-        self.buffers[1].copy_(target)
-        self.graph.replay()
-        return self.buffers[2]
-
-    def _plain(self, inputs: Tensor, target: Tensor) -> Tensor:
-        loss = block_loss(self.job.run(self.block, inputs), target, self.energy)
-        (loss + _polarization(self.block, self.plan, self.progress)).backward()  # type: ignore[no-untyped-call]
-        if self.plan.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.plan.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        constrain(self.block)
-        return loss.detach()
-
-    def _set_rates(self, factor: float) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self.base, strict=True):
-            if self.on_gpu:
-                group["lr"].fill_(rate * factor)
-            else:
-                group["lr"] = rate * factor
-
-    def _record(self, inputs: Tensor, target: Tensor) -> None:
-        """Record the step on copies of a batch. Rates are zero meanwhile and moments are cleared after, so nothing is learned."""
-        self._set_rates(0.0)
-        x, y = inputs.clone(), target.clone()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._plain(x, y)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            loss = self._plain(x, y)
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-        self.buffers = (x, y, loss)
 
 
 def _polarization(block: nn.Module, plan: TrainingPlan, progress: Tensor) -> Tensor | float:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lbllm_core.config import EndToEndConfig, SchemeConfig
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import Progress, Report
+from lbllm_core.engine.recorded_step import RecordedStep
 from lbllm_core.engine.train_block import cosine
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.blocks import Decoder
@@ -65,21 +67,20 @@ def divergence(r: Refinement, student: Tensor, teacher: Tensor) -> Tensor:
     s, t = student.flatten(0, 1), teacher.flatten(0, 1)
     if r.config.logit_share < 1:
         s, t = (x[:: max(1, round(1 / r.config.logit_share))] for x in (s, t))
-    parts = [checkpoint(piece, s[i : i + LOGIT_ROWS], t[i : i + LOGIT_ROWS], use_reentrant=False) for i in range(0, len(s), LOGIT_ROWS)]
+    parts = [checkpoint(piece, s[i : i + LOGIT_ROWS], t[i : i + LOGIT_ROWS], use_reentrant=False, preserve_rng_state=False) for i in range(0, len(s), LOGIT_ROWS)]
     return torch.stack(parts).sum() / len(s)
 
 
-def last_hidden(r: Refinement, blocks: list[nn.Module], ids: Tensor, recompute: bool) -> Tensor:
-    """Hidden states after the last block, float32, `(batch, tokens, hidden)`."""
+def last_hidden(r: Refinement, blocks: Sequence[nn.Module], ids: Tensor, around: dict[str, Any], recompute: bool) -> Tensor:
+    """Hidden states after the last block, float32, `(batch, tokens, hidden)`; `around` are the decoder's surroundings."""
     hidden = r.decoder.embed(ids).float()
-    around = r.decoder.surroundings(hidden[:1])
     for index, block in enumerate(blocks):
 
         def run(h: Tensor, block: nn.Module = block, index: int = index) -> Tensor:
             with r.hardware.autocast():
                 return r.decoder.run_block(block, h, around, index).float()
 
-        hidden = checkpoint(run, hidden, use_reentrant=False) if recompute else run(hidden)
+        hidden = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False) if recompute else run(hidden)
     return hidden
 
 
@@ -91,29 +92,20 @@ def refine(r: Refinement, ids: Tensor, states: list[BlockState], ledger: Ledger,
     groups = [group for block in blocks for group in parameter_groups(block, learning_rates(c))]
     if not groups:
         return states, []
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    base = [g["lr"] for g in optimizer.param_groups]
+    around = r.decoder.surroundings(r.decoder.embed(ids[:1]).float())
+    update = RecordedStep(groups, lambda batch: _accumulate(r, blocks, around, batch), lambda: _constrain(blocks), c.grad_clip, ids.device)
     batches = _batches(len(ids), c, r.seed)
-    history, first = _restore(ledger, c, parameters, optimizer)
+    history, first = _restore(ledger, c, update)
     started = time.monotonic()
     for step in range(first, c.steps):
-        for group, rate in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * cosine(step, c.steps, c.lr_final)
-        loss = _accumulate(r, blocks, ids[batches[step].to(ids.device)])
+        loss = float(update(cosine(step, c.steps, c.lr_final), ids[batches[step].to(ids.device)]))
         if not math.isfinite(loss):
             last = history[-1]["loss"] if history else math.nan
             raise NumericalError(f"stage 4, step {step}: the loss became {loss}; last finite loss {last:.6g}. The checkpoint before it is kept. Try end_to_end.lr_levels ten times lower")
-        if c.grad_clip:
-            torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for block in blocks:
-            constrain(block)
         history.append({"loss": loss, "step": float(step)})
         report(Progress("end_to_end", step + 1, c.steps, "step", {"loss": loss, "seconds": time.monotonic() - started}))
         if (step + 1) % c.checkpoint_every == 0 and step + 1 < c.steps:
-            _checkpoint(ledger, step // c.checkpoint_every, parameters, optimizer, history)
+            _checkpoint(ledger, step // c.checkpoint_every, update, history)
     return [read_state(block, state) for block, state in zip(blocks, states, strict=True)], history
 
 
@@ -125,39 +117,43 @@ def _batches(n: int, c: EndToEndConfig, seed: int) -> list[Tensor]:
     return [order[i : i + c.batch_size] for i in range(0, wanted, c.batch_size)]
 
 
-def _accumulate(r: Refinement, blocks: list[nn.Module], ids: Tensor) -> float:
+def _accumulate(r: Refinement, blocks: list[nn.Module], around: dict[str, Any], ids: Tensor) -> Tensor:
     """Forward and backward of one batch in micro-batches; returns the mean loss."""
-    total = 0.0
+    total = torch.zeros((), device=ids.device)
     micro = r.config.micro_batch
     pieces = [ids[i : i + micro] for i in range(0, len(ids), micro)]
-    run: Callable[..., Tensor] = last_hidden
     with weights_held([linear for block in blocks for linear in quant_linears(block).values()]):
         for piece in pieces:
             with torch.no_grad():
-                target = run(r, r.decoder.blocks, piece, False)
-            loss = divergence(r, run(r, blocks, piece, r.config.gradient_checkpointing), target) * (len(piece) / len(ids))
+                target = last_hidden(r, r.decoder.blocks, piece, around, False)
+            loss = divergence(r, last_hidden(r, blocks, piece, around, r.config.gradient_checkpointing), target) * (len(piece) / len(ids))
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+            total += loss.detach()
     return total
 
 
-def _checkpoint(ledger: Ledger, index: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, history: list[dict[str, float]]) -> None:
+def _constrain(blocks: list[nn.Module]) -> None:
+    for block in blocks:
+        constrain(block)
+
+
+def _checkpoint(ledger: Ledger, index: int, update: RecordedStep, history: list[dict[str, float]]) -> None:
     tensors: dict[str, Tensor] = {}
-    for i, p in enumerate(parameters):
-        moments = optimizer.state[p]
+    for i, p in enumerate(update.parameters):
+        moments = update.optimizer.state[p]
         tensors |= {f"{i}.value": p.detach(), f"{i}.exp_avg": moments["exp_avg"], f"{i}.exp_avg_sq": moments["exp_avg_sq"], f"{i}.step": moments["step"]}
     ledger.save(index, {k: v.cpu().contiguous() for k, v in tensors.items()}, {"history": history})
 
 
-def _restore(ledger: Ledger, c: EndToEndConfig, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[list[dict[str, float]], int]:
+def _restore(ledger: Ledger, c: EndToEndConfig, update: RecordedStep) -> tuple[list[dict[str, float]], int]:
     """Put the newest checkpoint back; returns the history so far and the next step."""
     done = ledger.finished((c.steps - 1) // c.checkpoint_every)
     if not done:
         return [], 0
     tensors = ledger.load(done - 1)
     with torch.no_grad():
-        for i, p in enumerate(parameters):
+        for i, p in enumerate(update.parameters):
             p.copy_(tensors[f"{i}.value"])
             moments = {k: tensors[f"{i}.{k}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": tensors[f"{i}.step"].to(p.device), **moments}
+            update.optimizer.state[p] = {"step": tensors[f"{i}.step"].to(p.device), **moments}
     return list(ledger.figures(done - 1)["history"]), done * c.checkpoint_every
