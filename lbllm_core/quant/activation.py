@@ -57,6 +57,17 @@ def code_positions(zero: Tensor, knee_low: Tensor, knee_high: Tensor) -> Tensor:
     return torch.cat([lower, core, upper], dim=-1)
 
 
+def knee_slopes(code: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """d position / d knee_low and / d knee_high of codes `(n, channels)` 0..15, rounding passed over; `code_positions` has the formulas."""
+    c = code.float()
+    core = (c - LOW) / (CORE - 1)
+    below, above = c < LOW, c >= LOW + CORE
+    none = torch.zeros_like(c)
+    low = torch.where(below, -c / LOW, torch.where(above, none, core - 1))
+    high = torch.where(below, none, torch.where(above, 1 - (c - LOW - CORE + 1) / HIGH, core))
+    return low * zero, high * (127 - zero)
+
+
 def _codes(x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point of tokens `(n, channels)`, as `lbllm_kernels.activation` defines them; no value leaves the device."""
     steps = 15 if variant == "uniform" else 127
@@ -104,12 +115,10 @@ class _Quantized(torch.autograd.Function):
                 s, z = _scale_and_zero(x, clips[0], clips[1], ctx.steps)
                 made[1:3] = torch.autograd.grad([s, z], clips, [to_scale, to_zero])
         if any(ctx.needs_input_grad[3:5]) and ctx.steps == 127:
-            with torch.enable_grad():
-                knees = [v.detach().requires_grad_() for v in (knee_low, knee_high)]
-                positions = code_positions(zero, knees[0], knees[1])
-                index = torch.searchsorted(positions.detach().contiguous(), q.float()).clamp_max(15)
-                to_positions = torch.zeros_like(positions).scatter_add_(-1, index, grad * scale)
-                made[3:5] = torch.autograd.grad(positions, knees, to_positions)
+            positions = code_positions(zero, knee_low, knee_high).contiguous()
+            code = torch.searchsorted(positions, q.float(), out_int32=True).clamp_max_(15)
+            for at, slope in enumerate(knee_slopes(code, zero), 3):
+                made[at] = ((grad * slope).sum(-1, keepdim=True) * scale).sum()
         return tuple(made)
 
 

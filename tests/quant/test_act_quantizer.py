@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_kernels.activation import ActFactors, dequantize_activations, piecewise_values, quantize_activations
 
-from lbllm_core.quant.activation import ActQuantizer, _codes, code_positions, fake_quantize
+from lbllm_core.quant.activation import ActQuantizer, _codes, code_positions, fake_quantize, knee_slopes
 
 SHARES = st.floats(0.05, 1.5)
 KNEES = st.floats(0.02, 0.98)
@@ -187,3 +187,18 @@ def test_codes_without_the_compiled_quantizer_are_the_same(variant, clip_max, cl
     assert torch.equal(q, expected[0])
     assert torch.equal(scale, expected[1])
     assert torch.equal(zero.int(), expected[2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(KNEES, KNEES)
+def test_knee_slopes_are_those_of_the_positions(low, high):
+    """Against autograd through `code_positions` in float64."""
+    zero = torch.arange(0.0, 128.0, 3.0)[:, None].double()
+    knees = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (low, high)]
+    code = torch.arange(16).expand(len(zero), 16)
+    slopes = knee_slopes(code, zero)
+    positions = code_positions(zero, *knees)
+    for at in range(16):
+        expected = torch.autograd.grad(positions[:, at].sum(), knees, retain_graph=True)
+        for mine, theirs in zip(slopes, expected, strict=True):
+            assert float(mine[:, at].sum()) == pytest.approx(float(theirs), rel=1e-5, abs=1e-5)
