@@ -1,0 +1,209 @@
+// What the CUDA files share: argument blocks, and the few PTX instructions that CUDA C++ has no good name for.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace lut8 {
+
+enum Type : int { kFloat = 0, kHalf = 1, kBfloat = 2 };
+
+// A packed weight in the derived layout (all device pointers). Exactly one of words and group_codes is set.
+extern "C" struct Lut8CudaWeight {
+  int32_t out, in, row_tiles, k_tiles, groups_per_tile, device;
+  const uint32_t* codes;
+  const int32_t* words;
+  const uint8_t* group_codes;
+  const int32_t* codebook;  // 256 entries
+  const float* row_scale;
+  const int32_t* row_sum;
+  const float* bias;        // may be null
+};
+
+// The activation quantizer's numbers; top 15: uniform, 127: piecewise.
+struct Factors {
+  int32_t top;
+  float clip_max, clip_min, knee_low, knee_high;
+};
+
+// Tokens: x (m, in) to be quantized by the kernel itself, or q (m, k_tiles * 128) with scale and zero.
+struct Tokens {
+  const void* x;
+  int32_t x_type, m;
+  Factors factors;
+  const int8_t* q;
+  const float* scale;
+  const int32_t* zero;
+};
+
+// Where results go: y (m, out) of y_type, or the raw sums when acc is not null.
+struct Output {
+  void* y;
+  int32_t y_type;
+  int32_t* acc;
+};
+
+// How a decode launch is cut. Zero fields are chosen from the shape.
+struct Plan {
+  int row_tiles, warps, overlap;  // overlap: programmatic dependent launch (Hopper)
+};
+
+cudaError_t covered();  // whether the current device has code in this object
+cudaError_t quantize(const Tokens& t, int64_t in, int64_t padded, int8_t* q, float* scale, int32_t* zero, bool overlap, cudaStream_t stream);
+cudaError_t decode(const Lut8CudaWeight& w, const Tokens& t, const Output& o, Plan plan, cudaStream_t stream);
+cudaError_t tiled(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int shape, bool overlap, cudaStream_t stream);
+cudaError_t dequantize(const Lut8CudaWeight& w, int8_t* weight, cudaStream_t stream);
+cudaError_t finish(const Lut8CudaWeight& w, const Tokens& t, const int32_t* acc, int64_t stride, const Output& o, cudaStream_t stream);
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ uint32_t prmt(uint32_t bytes, uint32_t select) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(out) : "r"(bytes), "r"(select));
+  return out;
+}
+
+// c (16 x 8, int32) += a (16 x 32, int8) * b (32 x 8, int8)
+__device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Weights are read once by a block: past L1, which is left to the activations.
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+// Shared memory by its 32-bit address, computed once (a generic pointer is converted anew in every loop).
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t load_shared(uint32_t at) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ uint4 load_shared_four(uint32_t at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+  return v;
+}
+
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Programmatic dependent launch: the next kernel may start early; nothing that an earlier kernel wrote is touched before the wait.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The float operations of reference.finish, in its order and without contraction.
+__device__ __forceinline__ float finish_one(int acc, float scale, int zero, float row_scale, int row_sum) {
+  return __fmul_rn(__fmul_rn(scale, row_scale), __int2float_rn(acc - zero * row_sum));
+}
+
+__device__ __forceinline__ void store_one(const Output& o, int64_t at, float v) {
+  if (o.y_type == kFloat) static_cast<float*>(o.y)[at] = v;
+  if (o.y_type == kHalf) static_cast<__half*>(o.y)[at] = __float2half_rn(v);
+  if (o.y_type == kBfloat) static_cast<__nv_bfloat16*>(o.y)[at] = __float2bfloat16_rn(v);
+}
+
+// Up to four neighbours; `aligned`: the row length is a multiple of four, so all four lie inside one aligned word.
+__device__ __forceinline__ void store_four(const Output& o, int64_t at, const float (&v)[4], int n, bool aligned) {
+  if (!aligned || n < 4) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (j < n) store_one(o, at + j, v[j]);
+  } else if (o.y_type == kFloat) {
+    *reinterpret_cast<float4*>(static_cast<float*>(o.y) + at) = make_float4(v[0], v[1], v[2], v[3]);
+  } else if (o.y_type == kHalf) {
+    const __half2 low = __floats2half2_rn(v[0], v[1]), high = __floats2half2_rn(v[2], v[3]);
+    *reinterpret_cast<uint2*>(static_cast<__half*>(o.y) + at) =
+        make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+  } else {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]), high = __floats2bfloat162_rn(v[2], v[3]);
+    *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(o.y) + at) =
+        make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+  }
+}
+
+// The levels of one lane and row tile: the words of rows g and g + 8, for one group or (groups of 16 channels) for two.
+// `table` is the shared address of the codebook.
+template <bool kCodebook, bool kTwo>
+struct Levels;
+template <>
+struct Levels<false, false> {
+  int2 raw;
+  __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const int2*>(w.words + at)); }
+  __device__ __forceinline__ uint32_t word(uint32_t, int, int row) const { return row ? raw.y : raw.x; }
+};
+template <>
+struct Levels<false, true> {
+  int4 raw;
+  __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const int4*>(w.words + at)); }
+  __device__ __forceinline__ uint32_t word(uint32_t, int half, int row) const { return half ? (row ? raw.w : raw.z) : (row ? raw.y : raw.x); }
+};
+template <>
+struct Levels<true, false> {
+  uint32_t raw;
+  __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const unsigned short*>(w.group_codes + at)); }
+  __device__ __forceinline__ uint32_t word(uint32_t table, int, int row) const { return load_shared(table + (raw >> (8 * row) & 255) * 4); }
+};
+template <>
+struct Levels<true, true> {
+  uint32_t raw;
+  __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const uint32_t*>(w.group_codes + at)); }
+  __device__ __forceinline__ uint32_t word(uint32_t table, int half, int row) const {
+    return load_shared(table + (raw >> (16 * half + 8 * row) & 255) * 4);
+  }
+};
+
+// Codes and levels of a lane in kRows row tiles of one k tile. Row tiles beyond the last repeat it: their sums are never stored.
+template <int kRows, bool kCodebook, bool kTwo>
+struct WeightTile {
+  uint4 codes[kRows];
+  Levels<kCodebook, kTwo> levels[kRows];
+
+  __device__ __forceinline__ void load(const Lut8CudaWeight& w, int first_row_tile, int k_tile, int lane) {
+    if (k_tile >= w.k_tiles) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int tile = tile_index(min(first_row_tile + r, w.row_tiles - 1), k_tile, w.k_tiles);
+      codes[r] = load_once(reinterpret_cast<const uint4*>(w.codes) + tile * 32 + lane);
+      levels[r].load(w, tile * (16 * w.groups_per_tile) + level_offset(lane, w.groups_per_tile));
+    }
+  }
+};
+
+// Half a tile (16 channels a lane, two mma steps) of A fragments: a[step] for rows g (registers 0, 2) and g + 8 (registers 1, 3).
+__device__ __forceinline__ void expand(uint32_t upper_codes, uint32_t lower_codes, uint32_t upper, uint32_t lower, uint32_t (&a)[2][4]) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    const uint32_t u = upper_codes >> (2 * step) & kSelector, l = lower_codes >> (2 * step) & kSelector;
+    a[step][0] = prmt(upper, u);
+    a[step][1] = prmt(lower, l);
+    a[step][2] = prmt(upper, u >> 16);
+    a[step][3] = prmt(lower, l >> 16);
+  }
+}
+
+#endif  // __CUDACC__
+}  // namespace lut8

@@ -1,0 +1,3 @@
+// The codebook half of tiled.cu.
+#define LUT8_CODEBOOK
+#include "tiled.cu"
