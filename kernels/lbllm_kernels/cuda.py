@@ -32,14 +32,26 @@ from torch import Tensor
 
 from lbllm_kernels.activation import PIECEWISE_TOP, UNIFORM_TOP, ActFactors
 from lbllm_kernels.build_cuda import PACKAGE, object_path, source_digest, source_folder
-from lbllm_kernels.cuda_layout import GROUP_SIZES, ROW_PAD, TILE_K, TILE_ROWS, count_tiles, pad_rows, pad_tokens, padded_channels, tile_codes, tile_groups
+from lbllm_kernels.cuda_layout import (
+    GROUP_SIZES,
+    ROW_PAD,
+    TILE_K,
+    TILE_ROWS,
+    count_tiles,
+    pad_rows,
+    pad_tokens,
+    padded_channels,
+    tile_codes,
+    tile_groups,
+)
 from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5, "library": 6}
 MOST_TOKENS = {"fused": 8, "decode": 16}
 FUSED_UP_TO = 1  # tokens that are cheaper to quantize again in every block than in a launch of their own
-OVERLAP_PAIR, OVERLAP_PREVIOUS = 1, 2
+FUSED_BYTES = 92 << 10  # what every covered device gives a block
+OVERLAP_PAIR, OVERLAP_PREVIOUS = 1, 2  # previous: only when the weight's tensors were complete before the kernel that ran last
 _MOST_CELLS = 1 << 24  # row tiles x k tiles: the kernels' 32-bit indices hold
 
 
@@ -270,7 +282,9 @@ def quantize(x: Tensor, factors: ActFactors, flags: int = 0) -> CudaTokens:
     return CudaTokens(q, scale, zero, in_features)
 
 
-def _most(path: str, tokens: int) -> None:
+def _check_path(path: str, tokens: int, weight: CudaWeight) -> None:
+    if path == "fused" and tokens * (weight.padded + 16) > FUSED_BYTES:
+        raise ValueError(f"path 'fused' holds its tokens in {FUSED_BYTES} bytes of shared memory; {tokens} of {weight.padded} channels are more")
     if path not in PATHS:
         raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
     if tokens > MOST_TOKENS.get(path, tokens):
@@ -282,7 +296,7 @@ def _product(tokens: CudaTokens, weight: CudaWeight, y: Tensor | None, acc: Tens
         raise ValueError(f"tokens have {tokens.in_features} channels; the layer takes {weight.in_features}")
     if tokens.q.device != weight.device:
         raise ValueError(f"tokens are on {tokens.q.device}, the layer's weights on {weight.device}")
-    _most(path, tokens.tokens)
+    _check_path(path, tokens.tokens, weight)
     with torch.cuda.device(weight.device):
         if path == "library":
             _library_product(tokens, weight, y, acc)
@@ -335,7 +349,7 @@ def forward(x: Tensor, weight: CudaWeight, factors: ActFactors, *, path: str = "
     dtype, (top, numbers), x = x.dtype, _numbers(factors), _checked_input(x)
     tokens, in_features = x.shape
     path = path or choose_path(tokens)
-    _most(path, tokens)
+    _check_path(path, tokens, weight)
     if in_features != weight.in_features:
         raise ValueError(f"tokens have {in_features} channels; the layer takes {weight.in_features}")
     if x.device != weight.device:

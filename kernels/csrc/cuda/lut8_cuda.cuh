@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "layout.h"
+#include "quantize_math.h"
 
 namespace lut8 {
 
@@ -22,12 +23,6 @@ extern "C" struct Lut8CudaWeight {
   const float* row_scale;
   const int32_t* row_sum;
   const float* bias;        // may be null
-};
-
-// The activation quantizer's numbers; top 15: uniform, 127: piecewise.
-struct Factors {
-  int32_t top;
-  float clip_max, clip_min, knee_low, knee_high;
 };
 
 // Tokens: x (m, in) to be quantized by the kernel itself, or q (m, k_tiles * 128) with scale and zero.

@@ -1,8 +1,7 @@
-// The activation quantizer as a block-wide device function: the float operations of lbllm_kernels/activation.py, one by one.
+// The activation quantizer as a block-wide device function; quantize_math.h has its float operations.
 //
 // Two passes over a token: extremes, then codes. Extremes are kept as bits of non-negative floats, which order like unsigned integers,
-// so a warp reduces them in one instruction. A piecewise code is looked up: every midpoint (v_k + v_k+1)/2 is half an integer h_k, and
-// h_k/2 < t  <=>  h_k < ceil(2t), so 256 bytes indexed by ceil(2t), clamped, hold the answer for every t.
+// so a warp reduces them in one instruction.
 #pragma once
 #include "lut8_cuda.cuh"
 
@@ -11,11 +10,6 @@ namespace lut8 {
 struct QuantizeScratch {
   uint32_t high[32], low[32];
   uint8_t table[256];
-};
-
-struct ScaleZero {
-  float scale, zero;
-  bool finite;
 };
 
 __device__ __forceinline__ float load_one(const void* x, int type, int64_t at) {
@@ -50,37 +44,6 @@ __device__ __forceinline__ void widen(float v, float& high, float& low, bool& ba
   high = fmaxf(high, v);
   low = fmaxf(low, -v);
   bad |= v != v;
-}
-
-__device__ __forceinline__ ScaleZero scale_zero(float high, float low, const Factors& f) {
-  const float top = static_cast<float>(f.top);
-  const float low_part = __fmul_rn(f.clip_min, -low);
-  float s = __fdiv_rn(__fsub_rn(__fmul_rn(f.clip_max, high), low_part), top);
-  if (s < 1.17549435e-38f) s = 1.0f;
-  if (!(s < __int_as_float(0x7f800000))) return {__int_as_float(0x7fc00000), 0.0f, false};
-  return {s, fminf(fmaxf(rintf(__fdiv_rn(-low_part, s)), 0.0f), top), true};
-}
-
-__device__ __forceinline__ uint8_t piecewise_entry(int u, float z, const Factors& f) {
-  const float a = rintf(__fmul_rn(f.knee_low, z)), b = rintf(__fmul_rn(f.knee_high, 127.0f - z));
-  int last = 0, value = 0;
-#pragma unroll
-  for (int k = 1; k < 16; ++k) {
-    float v;
-    if (k < 4) v = rintf(__fdiv_rn(__fmul_rn(static_cast<float>(k), z - a), 4.0f));
-    else if (k < 12) v = (z - a) + rintf(__fdiv_rn(__fmul_rn(static_cast<float>(k - 4), a + b), 7.0f));
-    else v = (z + b) + rintf(__fdiv_rn(__fmul_rn(static_cast<float>(k - 11), 127.0f - z - b), 4.0f));
-    const int now = static_cast<int>(v);
-    if (last + now < u) value = now;  // values ascend: the last midpoint under u decides
-    last = now;
-  }
-  return static_cast<uint8_t>(value);
-}
-
-__device__ __forceinline__ uint32_t code_of(float x, const ScaleZero& t, int top, const uint8_t* table) {
-  const float steps = __fdiv_rn(x, t.scale);
-  if (top == 15) return static_cast<uint32_t>(fminf(fmaxf(__fadd_rn(rintf(steps), t.zero), 0.0f), 15.0f));
-  return table[static_cast<uint32_t>(fminf(fmaxf(ceilf(__fmul_rn(__fadd_rn(steps, t.zero), 2.0f)), 0.0f), 255.0f))];
 }
 
 // Quantizes token `row` of x into dst (padded bytes, 8-byte aligned, shared or global memory) with all threads of the block; every

@@ -1,0 +1,390 @@
+"""Checks the CUDA path and measures it on this machine's GPU:  python kernels/bench_gpu.py
+
+One script for a bare GPU machine (torch, nvcc; nothing installed): it builds the object if it is absent, checks every path bit by bit
+against the reference with fresh random inputs, and stops there with exit 1 on any difference. Then it times products of a 7B and a 70B
+model's shapes beside cuBLAS fp16 in the same run, writes results/kernels_<device>.json, and prints one table last.
+
+    --only correctness,decode,prefill,sweep,probe,sanitize,peers,model     sections, in this order (default: correctness,decode,prefill)
+    --minutes 4        start no further measurement after so long
+
+Method: CUDA graphs of calls over rotated weights (200 MB of them at least: four times the L2), medians of replays; `ours` at M <= 16
+includes the activation quantizer, above it the quantizer is a row of its own (`act_quant_us`). Weights are random codes and levels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "kernels"):
+    sys.path.insert(0, str(folder))
+
+import torch  # noqa: E402
+from lbllm_kernels import build_cuda, cuda  # noqa: E402
+from lbllm_kernels.activation import ActFactors  # noqa: E402
+from lbllm_kernels.cuda_layout import ROW_PAD, TILE_K, count_tiles  # noqa: E402
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (8192, 28672))
+DECODE_TOKENS = (1, 4, 8, 16)
+PREFILL_TOKENS = (128, 512, 2048)
+MODES = (("explicit", 128), ("codebook", 32), ("codebook", 16))
+FACTORS = ActFactors("piecewise")
+ROTATED_BYTES = 200 << 20
+TARGETS = {  # ratio to cuBLAS fp16 that a shape must reach, by tokens
+    (4096, 4096): {1: 3.0, 4: 3.0, 8: 3.0, 16: 2.5, 128: 0.9, 512: 0.9, 2048: 1.0},
+    (11008, 4096): {1: 4.0, 4: 4.0, 8: 4.0, 16: 3.0, 128: 0.9, 512: 1.0, 2048: 1.1},
+    (4096, 11008): {1: 4.0, 4: 4.0, 8: 4.0, 16: 3.0, 128: 0.9, 512: 1.0, 2048: 1.1},
+    (8192, 8192): {1: 3.5, 4: 3.5, 8: 3.5, 16: 3.0, 128: 0.9, 512: 1.0, 2048: 1.1},
+    (8192, 28672): {1: 4.5, 4: 4.5, 8: 4.5, 16: 3.5, 128: 1.0, 512: 1.1, 2048: 1.2},
+}
+
+
+class Clock:
+    """The time that is left for measurements."""
+
+    def __init__(self, minutes: float):
+        self.start, self.seconds = time.monotonic(), minutes * 60
+
+    def over(self) -> bool:
+        return time.monotonic() - self.start > self.seconds
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:6.1f} s] {text}", flush=True)
+
+
+def graph_us(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
+    """Median time of one call in microseconds: all calls in one CUDA graph, replayed."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times) * 1e3 / len(calls)
+
+
+def rotated(items: Sequence[Any], call: Callable[[Any], Any], least: int = 20) -> list[Callable[[], Any]]:
+    """At least `least` calls, going around the items."""
+    rounds = -(-least // len(items))
+    return [partial(call, item) for _ in range(rounds) for item in items]
+
+
+def random_weight(n: int, k: int, mode: str, group: int, seed: int = 0, bias: bool = False) -> cuda.CudaWeight:
+    """A weight made in the derived layout on the GPU: any 32 bits are codes. For timing; correctness packs the stored format."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    row_tiles, k_tiles = count_tiles(n, k)
+    rows = n + -n % ROW_PAD
+
+    def levels(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, (*shape, 4), generator=g, dtype=torch.int8, device="cuda").view(torch.int32).squeeze(-1)
+
+    codes = torch.randint(-(2**31), 2**31 - 1, (row_tiles, k_tiles, 32, 4), generator=g, dtype=torch.int32, device="cuda")
+    groups = (row_tiles, k_tiles, 8, TILE_K // group, 2)
+    words = levels(*groups) if mode == "explicit" else None
+    group_codes = torch.randint(0, 256, groups, generator=g, dtype=torch.uint8, device="cuda") if mode == "codebook" else None
+    codebook = levels(256) if mode == "codebook" else None
+    scale = torch.rand(rows, generator=g, device="cuda") * 1e-3 + 1e-4
+    sums = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    weight = cuda.CudaWeight.from_layout(k, n, group, codes, words, group_codes, codebook, scale, sums, torch.randn(rows, device="cuda") if bias else None)
+    sums[:n] = cuda.accumulate(torch.ones((1, k), dtype=torch.int8, device="cuda"), weight)[0]
+    return weight
+
+
+def weights_of(n: int, k: int, mode: str, group: int) -> list[cuda.CudaWeight]:
+    first = random_weight(n, k, mode, group)
+    return [first, *(random_weight(n, k, mode, group, seed) for seed in range(1, -(-ROTATED_BYTES // first.bytes())))]
+
+
+def dense_of(n: int, k: int) -> list[torch.Tensor]:
+    return [torch.randn(n, k, dtype=torch.float16, device="cuda") for _ in range(max(2, -(-ROTATED_BYTES // (2 * n * k))))]
+
+
+def warm_up() -> None:
+    """A second of matrix products: clocks up, handles made."""
+    a = torch.randn(4096, 4096, dtype=torch.float16, device="cuda")
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        for _ in range(50):
+            a @ a
+        torch.cuda.synchronize()
+
+
+def bandwidth() -> list[dict[str, Any]]:
+    """Device copy, bytes read plus bytes written, and the fp16 product rate, in this run."""
+    source = torch.randint(-128, 127, (1 << 30,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    copy = graph_us([lambda: target.copy_(source)] * 4, 5)
+    a, b = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
+    dense = graph_us([lambda: a @ b] * 2, 5)
+    return [
+        {"name": "copy_gb_s", "value": 2 * source.numel() / copy / 1e3, "unit": "GB/s"},
+        {"name": "fp16_tflop_s", "value": 2 * 8192**3 / dense / 1e6, "unit": "TFLOP/s"},
+    ]
+
+
+def record(op: str, us: float, n: int, k: int, m: int, **context: Any) -> dict[str, Any]:
+    return {"name": "kernel_us", "value": us, "unit": "us", "op": op, "n": n, "k": k, "m": m, **context}
+
+
+def ours_us(weights: list[cuda.CudaWeight], x: torch.Tensor, path: str = "", plan: cuda.Plan = cuda.DEFAULT_PLAN) -> float:
+    return graph_us(rotated(weights, lambda w: cuda.forward(x, w, FACTORS, path=path, plan=plan)))
+
+
+def decode_section(clock: Clock) -> list[dict[str, Any]]:
+    """M <= 16: quantizer and product together, beside cuBLAS fp16."""
+    made = []
+    for n, k in SHAPES:
+        dense, base = dense_of(n, k), {}
+        for m in DECODE_TOKENS:
+            x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+            base[m] = graph_us(rotated(dense, partial(torch.nn.functional.linear, x)))
+            made.append(record("cublas_fp16", base[m], n, k, m))
+        del dense
+        for mode, group in MODES:
+            if clock.over():
+                clock.say("time is over: the rest of decode is not measured")
+                return made
+            weights = weights_of(n, k, mode, group)
+            for m in DECODE_TOKENS:
+                x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+                us = ours_us(weights, x)
+                quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 20)
+                context = {"group_size": group, "level_mode": mode, "path": cuda.choose_path(m)}
+                rate = weights[0].bytes() / us / 1e3
+                made += [
+                    record("ours", us, n, k, m, **context, speedup=base[m] / us, weights_gb_s=rate),
+                    {**record("ours", quant, n, k, m, group_size=group), "name": "act_quant_us"},
+                ]
+                clock.say(f"{n:6} x {k:5}  M={m:<3} {mode:8} G={group:<4} cuBLAS {base[m]:7.1f} us  ours {us:6.2f} us  {base[m] / us:5.2f}x  {rate:6.0f} GB/s")
+            del weights
+    return made
+
+
+def prefill_section(clock: Clock) -> list[dict[str, Any]]:
+    """M > 16: the product and the quantizer apart, each path; int8 cuBLASLt alone beside them."""
+    made = []
+    for n, k in SHAPES:
+        dense, base = dense_of(n, k)[:4], {}
+        for m in PREFILL_TOKENS:
+            x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+            base[m] = graph_us(rotated(dense, partial(torch.nn.functional.linear, x), 8), 9)
+            made.append(record("cublas_fp16", base[m], n, k, m))
+        del dense
+        for mode, group in MODES[: 3 if n * k < 2e7 else 2]:
+            if clock.over():
+                clock.say("time is over: the rest of prefill is not measured")
+                return made
+            weights = weights_of(n, k, mode, group)[:6]
+            for m in PREFILL_TOKENS:
+                x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+                tokens = cuda.quantize(x, FACTORS)
+                us = {}
+                for path in ("middle", "wide", "library"):
+                    us[path] = graph_us(rotated(weights, lambda w, p=path, t=tokens: cuda.linear(t, w, torch.float16, path=p), 8), 9)
+                quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 8, 9)
+                best = min(us, key=us.__getitem__)
+                context = {"group_size": group, "level_mode": mode}
+                made += [record("ours", us[p], n, k, m, **context, path=p, speedup=base[m] / us[p], best=p == best) for p in us]
+                made.append({**record("ours", quant, n, k, m), "name": "act_quant_us"})
+                if mode == "explicit":
+                    int8 = [cuda.expanded(w) for w in weights[:3]]
+                    lt = graph_us(rotated(int8, lambda w, t=tokens: torch._int_mm(t.q, w.T), 8), 9)
+                    made.append(record("cublaslt_int8", lt, n, k, m))
+                each = "  ".join(f"{p} {t:7.1f}" for p, t in us.items())
+                clock.say(f"{n:6} x {k:5}  M={m:<4} {mode:8} G={group:<4} cuBLAS {base[m]:7.1f} us  {each}  quantizer {quant:5.1f}  best {base[m] / us[best]:5.2f}x")
+            del weights
+    return made
+
+
+def sweep_section(clock: Clock) -> list[dict[str, Any]]:
+    """How decode launches should be cut: every plan for every shape, the best three printed."""
+    made = []
+    for n, k in SHAPES:
+        for mode, group in MODES[:2]:
+            weights = weights_of(n, k, mode, group)
+            for m in (1, 2, 4, 8, 16):
+                if clock.over():
+                    return made
+                x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+                found = {}
+                for path in ("fused", "decode") if m <= 4 else ("decode",):
+                    for rows in (1, 2, 3, 4) if m <= 8 else (1, 2, 3):
+                        for warps in (4, 8, 12, 16):
+                            for flags in (0, 1, 3) if path == "decode" else (0, 2):
+                                plan = cuda.Plan(rows, warps, flags)
+                                found[(path, rows, warps, flags)] = graph_us(rotated(weights, lambda w, p=path, q=plan, x=x: cuda.forward(x, w, FACTORS, path=p, plan=q)), 7)
+                order = sorted(found, key=found.__getitem__)
+                made += [record("sweep", us, n, k, m, group_size=group, level_mode=mode, plan=list(plan)) for plan, us in found.items()]
+                for wanted in {plan[3] for plan in found}:
+                    best = [p for p in order if p[3] == wanted][:3]
+                    clock.say(f"{n:6} x {k:5}  M={m:<3} {mode:8} flags={wanted} " + "   ".join(f"{p[0]} r{p[1]} w{p[2]} {found[p]:.2f}" for p in best))
+            del weights
+    return made
+
+
+def probe_section(clock: Clock) -> list[dict[str, Any]]:
+    """A few plain calls of each kernel, for a profiler that is run around this script."""
+    for (n, k), m in (((4096, 4096), 1), ((11008, 4096), 1), ((8192, 28672), 1), ((8192, 8192), 16), ((4096, 4096), 128), ((11008, 4096), 2048)):
+        weight, x = random_weight(n, k, "codebook", 32), torch.randn(m, k, dtype=torch.float16, device="cuda")
+        for _ in range(3):
+            cuda.forward(x, weight, FACTORS)
+        torch.cuda.synchronize()
+        clock.say(f"probe {n} x {k}, M={m}")
+    return []
+
+
+def sanitize_section(clock: Clock) -> list[dict[str, Any]]:
+    """The small correctness set again under compute-sanitizer: memcheck, then racecheck. Raises on any finding."""
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--only", "small", "--out", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        clock.say(f"{tool}: exit {done.returncode}; {[line for line in done.stdout.splitlines() if 'SUMMARY' in line]}")
+        if done.returncode:
+            raise SystemExit(f"{tool} failed:\n{done.stdout[-4000:]}\n{done.stderr[-1000:]}")
+    return []
+
+
+def correctness_section(clock: Clock, small: bool = False) -> list[dict[str, Any]]:
+    from check_gpu import check
+
+    checks, failures = check(clock.say, small)
+    if failures:
+        print("\n".join(failures[:30]))
+        raise SystemExit(f"{len(failures)} of {checks} checks FAILED")
+    clock.say(f"{checks} checks, none failed")
+    return []
+
+
+def peers_section(clock: Clock) -> list[dict[str, Any]]:
+    from bench_peers import measure
+
+    return list(measure(clock, SHAPES, DECODE_TOKENS + PREFILL_TOKENS, dense_of, rotated, graph_us, record))
+
+
+def model_section(clock: Clock) -> list[dict[str, Any]]:
+    from bench_decode import measure
+
+    return list(measure(clock))
+
+
+SECTIONS: dict[str, Callable[[Clock], list[dict[str, Any]]]] = {
+    "correctness": correctness_section, "small": functools.partial(correctness_section, small=True), "sanitize": sanitize_section,
+    "sweep": sweep_section, "decode": decode_section, "prefill": prefill_section, "peers": peers_section, "probe": probe_section, "model": model_section,
+}  # fmt: skip
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def driver() -> str:
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"], capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Ours against cuBLAS fp16, one line for each shape and level mode; `!` marks a row under its target."""
+    ours = [r for r in records if r["name"] == "kernel_us" and r["op"] == "ours"]
+    base = {(r["n"], r["k"], r["m"]): r["value"] for r in records if r.get("op") == "cublas_fp16"}
+    tokens = sorted({r["m"] for r in ours})
+    lines = ["| N x K | levels | " + " | ".join(f"M={m}" for m in tokens) + " |", "|---|---|" + "---|" * len(tokens)]
+    rows = list(dict.fromkeys((r["n"], r["k"], r["level_mode"], r["group_size"]) for r in ours))
+    for n, k, mode, group in rows:
+        cells = []
+        for m in tokens:
+            found = [r["value"] for r in ours if (r["n"], r["k"], r["level_mode"], r["group_size"], r["m"]) == (n, k, mode, group, m)]
+            if not found:
+                cells.append("-")
+                continue
+            ratio = base[(n, k, m)] / min(found)
+            missed = "!" if ratio < TARGETS.get((n, k), {}).get(m, 0) else ""
+            cells.append(f"{min(found):.1f} us, {ratio:.2f}x{missed}")
+        lines.append(f"| {n} x {k} | {mode} G={group} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(path: Path, arguments: list[str], records: list[dict[str, Any]]) -> None:
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": driver(), "python": platform.python_version(), "path": cuda.library().reason}
+    result = {
+        "schema": 1, "command": " ".join(["python kernels/bench_gpu.py", *arguments]), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(), "versions": versions, "records": records,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
+def main(arguments: list[str]) -> int:
+    """Command line; exit 1 when the path cannot run here or a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="correctness,decode,prefill", help=f"sections, separated by commas: {', '.join(SECTIONS)}")
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "kernels_h100.json")
+    parser.add_argument("--decode-out", type=Path, default=ROOT / "results" / "decode_h100.json")
+    options = parser.parse_args(arguments)
+    names = options.only.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        parser.error(f"unknown section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
+    clock = Clock(options.minutes)
+    try:
+        clock.say(f"object: {build_cuda.build().name}")
+    except build_cuda.BuildError as error:
+        print(f"the CUDA path cannot be built: {error}", file=sys.stderr)
+        return 1
+    reason = cuda.library().reason if cuda.library().functions is None else cuda.device_reason(0)
+    if reason:
+        print(f"the CUDA path cannot run here: {reason}", file=sys.stderr)
+        return 1
+    clock.say(f"{torch.cuda.get_device_name()}, driver {driver()}, torch {torch.__version__}")
+    records: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        if set(names) & {"decode", "prefill", "sweep", "peers", "model"}:
+            warm_up()
+            records += bandwidth()
+            clock.say("  ".join(f"{r['name']} {r['value']:.0f}" for r in records))
+        for name in names:
+            clock.say(f"--- {name}")
+            records += SECTIONS[name](clock)
+            torch.cuda.empty_cache()
+    decode = [r for r in records if r.get("engine")]
+    kernels = [r for r in records if not r.get("engine")]
+    if decode:
+        write(options.decode_out, arguments, decode)
+    if any(r["name"] == "kernel_us" for r in kernels):
+        write(options.out, arguments, kernels)
+        print(table(kernels))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""Other 2-bit GPU libraries, as installed packages, for `bench_gpu.py --only peers`: skipped with a word where they are not importable.
+
+GemLite: `A16W2_HQQ_INT`, G = 128, its own autotuner. Humming: uint2 weights with fp16 activations, G = 128, its own heuristics. Both get the
+weights rotated past the L2 and CUDA graphs, as ours do. Only their speed is measured here; their numerics are their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+GROUP = 128
+COPIES = 8
+ROTATED = 200 << 20
+
+
+def copies(n: int, k: int) -> int:
+    """Enough layers of 2.25 bits a weight to leave the L2."""
+    return max(2, -(-ROTATED // (n * k * 9 // 32)))
+
+
+def gemlite_layers(n: int, k: int) -> list[Any]:
+    """GemLite linears with random codes, scales and zero points."""
+    helper = importlib.import_module("gemlite.helper")
+    made = []
+    for _ in range(copies(n, k)):
+        codes = torch.randint(0, 4, (n, k), dtype=torch.uint8, device="cuda")
+        scales = torch.rand(n * k // GROUP, 1, dtype=torch.float16, device="cuda") * 0.01 + 0.001
+        zeros = torch.full_like(scales, 1.5)
+        made.append(helper.A16W2_HQQ_INT(device="cuda:0", dtype=torch.float16).from_weights(codes, scales, zeros))
+    return made
+
+
+def humming_layers(n: int, k: int) -> list[Any]:
+    """Humming linears quantized by the package from random weights."""
+    layer_type = importlib.import_module("humming.layer").HummingLayer
+    weight = torch.randn(n, k, dtype=torch.float16, device="cuda") * 0.02
+    made = []
+    for _ in range(copies(n, k)):
+        layer = layer_type(shape_n=n, shape_k=k, weight_config={"dtype": "uint2", "group_size": GROUP}, torch_dtype=torch.float16).cuda()
+        layer.load_from_unquantized(weight)
+        layer.transform()
+        made.append(layer)
+    return made
+
+
+PEERS: dict[str, Callable[[int, int], list[Any]]] = {"gemlite_a16w2": gemlite_layers, "humming_w2": humming_layers}
+
+
+def measure(clock: Any, shapes: Any, tokens: Any, dense_of: Any, rotated: Any, graph_us: Any, record: Any) -> Iterator[dict[str, Any]]:
+    """Records of each peer for each shape and number of tokens, cuBLAS fp16 beside them."""
+    for n, k in shapes:
+        dense = dense_of(n, k)[:4]
+        base = {}
+        for m in tokens:
+            x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+            base[m] = graph_us(rotated(dense, lambda w, x=x: torch.nn.functional.linear(x, w)), 9)
+            yield record("cublas_fp16", base[m], n, k, m)
+        del dense
+        for name, layers_of in PEERS.items():
+            try:
+                layers = layers_of(n, k)
+            except Exception as error:  # a foreign package may fail in any way; the run goes on and says so
+                clock.say(f"{name}: {type(error).__name__}: {str(error)[:160]}")
+                continue
+            for m in tokens:
+                if clock.over():
+                    clock.say("time is over: the rest of the peers is not measured")
+                    return
+                x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+                try:
+                    layers[0](x)
+                    us = graph_us(rotated(layers if m <= 16 else layers[:COPIES], lambda layer, x=x: layer(x)), 9)
+                except Exception as error:
+                    clock.say(f"{name} {n} x {k} M={m}: {type(error).__name__}: {str(error)[:160]}")
+                    continue
+                yield record(name, us, n, k, m, group_size=GROUP, speedup=base[m] / us)
+                clock.say(f"{n:6} x {k:5}  M={m:<4} {name} {us:8.2f} us  {base[m] / us:5.2f}x")
+            del layers
+            torch.cuda.empty_cache()

@@ -1,0 +1,124 @@
+"""The CUDA path on a machine without a GPU: what the compiler made of it, honest reasons, shapes without a device."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from lbllm_kernels import build_cuda, cuda, cuda_ops
+from lbllm_kernels.activation import ActFactors
+from lbllm_kernels.build import BuildError
+from lbllm_kernels.synthetic import random_packed
+
+needs_nvcc = pytest.mark.skipif(build_cuda.compiler() is None, reason="no nvcc")
+GPU_REASON = cuda.library().reason if cuda.library().functions is None else None
+
+
+@pytest.fixture(scope="module")
+def sass() -> dict[str, str]:
+    """Disassembly of each kernel of the built object, `sm:name` -> text."""
+    tool = shutil.which(os.environ.get("CUOBJDUMP", "cuobjdump"))
+    if build_cuda.compiler() is None or tool is None:
+        pytest.skip("no nvcc" if build_cuda.compiler() is None else "no cuobjdump (CUOBJDUMP names another place)")
+    done = subprocess.run([tool, "--dump-sass", str(build_cuda.build())], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = {}
+    for part in done.stdout.split("\nFatbin elf code:")[1:]:
+        arch = re.search(r"arch = (\w+)", part)
+        assert arch
+        for piece in part.split("Function : ")[1:]:
+            found[f"{arch[1]}:{piece.split()[0]}"] = piece
+    return found
+
+
+@needs_nvcc
+def test_machine_code_of_both_architectures(sass):
+    kernels = {name.split(":")[1] for name in sass}
+    assert {name.split(":")[0] for name in sass} == {"sm_80", "sm_90a"}
+    for name in ("quantize_kernel", "decode_kernel", "tiled_kernel", "dequantize_kernel", "finish_kernel"):
+        assert any(name in kernel for kernel in kernels), name
+
+
+@needs_nvcc
+def test_products_use_tensor_cores_and_byte_permutations_and_no_local_memory(sass):
+    for name, text in sass.items():
+        if "decode_kernel" in name or "tiled_kernel" in name:
+            assert "IMMA.16832.S8.S8" in text, name
+            assert text.count("PRMT") >= 16, name
+            assert re.search(r"LDG\S*\.128", text), name
+        assert not re.search(r"\b(LDL|STL)\b", text), name
+
+
+def test_no_nvcc_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_cuda, "object_path", lambda digest: tmp_path / "absent.so")
+    monkeypatch.setattr(build_cuda.shutil, "which", lambda name: None)
+    with pytest.raises(BuildError, match="no nvcc found"):
+        build_cuda.build()
+    assert build_cuda.main([]) == 1
+    assert build_cuda.main(["--optional"]) == 0
+
+
+@needs_nvcc
+def test_a_compile_error_is_quoted_and_leaves_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    (folder / "lut8_cuda.cu").write_text("this is no CUDA\n")
+    (tmp_path / "package").mkdir()
+    monkeypatch.setattr(build_cuda, "source_folder", lambda: folder)
+    monkeypatch.setattr(build_cuda, "object_path", lambda digest: tmp_path / "package" / f"{digest}.so")
+    with pytest.raises(BuildError, match=r"lut8_cuda\.cu\(1\)"):
+        build_cuda.build()
+    assert list((tmp_path / "package").iterdir()) == []
+
+
+def test_changed_sources_are_another_object(tmp_path):
+    (tmp_path / "a.cu").write_text("1")
+    first = build_cuda.source_digest(tmp_path)
+    (tmp_path / "b.h").write_text("2")
+    assert build_cuda.source_digest(tmp_path) != first
+
+
+def test_a_weight_elsewhere_has_its_reason():
+    packed = random_packed(8, 64, 32)
+    assert cuda.unsupported(packed) == "the weight is on cpu"
+    with pytest.raises(ValueError, match="the weight is on cpu"):
+        cuda.CudaWeight(packed)
+
+
+@pytest.mark.skipif(GPU_REASON is None, reason="a GPU is here")
+def test_without_a_gpu_calls_say_what_is_missing():
+    assert "CUDA" in cuda.library().reason
+    with pytest.raises(RuntimeError, match="CUDA"):
+        cuda.quantize(torch.zeros(1, 64), ActFactors("uniform"))
+
+
+def test_paths_by_tokens():
+    assert [cuda.choose_path(m) for m in (1, 16, 17)] == ["fused", "decode", "auto"]
+
+
+def test_the_operator_knows_shapes_without_running():
+    """The fake implementation: what torch.compile traces with, on tensors that have no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 64, dtype=torch.float16)
+        empty = torch.empty(1)
+        y = torch.ops.lbllm.lut8_linear_cuda(x, empty, empty, None, None, empty, empty, None, 40, 32, "uniform", [1.0, 1.0, 0.25, 0.25])
+    assert y.shape == (2, 5, 40)
+    assert y.dtype == torch.float16
+    assert cuda_ops.lut8_linear_cuda is not None
+
+
+@pytest.mark.skipif(GPU_REASON is not None, reason=GPU_REASON or "")
+def test_small_shapes_on_this_gpu(monkeypatch):
+    """The checks that the benchmark makes first, on its small set."""
+    monkeypatch.syspath_prepend(str(build_cuda.PACKAGE.parent))
+    from check_gpu import check
+
+    checks, failures = check(print, small=True)
+    assert checks > 500
+    assert not failures, failures[:5]
