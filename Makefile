@@ -55,8 +55,9 @@ lint: $(STAMP) ## ruff and mypy --strict
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
 
-kernels: $(STAMP) ## build the C++ CPU kernels; without a compiler the reference path serves
+kernels: $(STAMP) ## build the C++ CPU kernels, and the CUDA ones where nvcc is; without compilers the reference path serves
 	@$(PY) -m lbllm_kernels.build || echo "CPU kernels were not built (reason above): the exact reference path is used, slower"
+	@$(PY) -m lbllm_kernels.build_cuda --optional
 
 tables: $(STAMP) ## write the tables of README.md and docs/ from results/*.json
 	@$(PY) -m lbllm_core.report.pages README.md docs

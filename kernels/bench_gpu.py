@@ -39,6 +39,7 @@ from lbllm_kernels.cuda_layout import ROW_PAD, TILE_K, count_tiles  # noqa: E402
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (8192, 28672))
 DECODE_TOKENS = (1, 4, 8, 16)
 PREFILL_TOKENS = (128, 512, 2048)
+PREFILL_PATHS = ("narrow", "middle", "wide", "hopper128", "hopper256", "library")
 MODES = (("explicit", 128), ("codebook", 32), ("codebook", 16))
 FACTORS = ActFactors("piecewise")
 ROTATED_BYTES = 200 << 20
@@ -175,7 +176,7 @@ def decode_section(clock: Clock) -> list[dict[str, Any]]:
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
                 us = ours_us(weights, x)
                 quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 20)
-                context = {"group_size": group, "level_mode": mode, "path": cuda.choose_path(m)}
+                context = {"group_size": group, "level_mode": mode, "path": cuda.choose_path(m, cuda.is_hopper(0))}
                 rate = weights[0].bytes() / us / 1e3
                 made += [
                     record("ours", us, n, k, m, **context, speedup=base[m] / us, weights_gb_s=rate),
@@ -203,9 +204,9 @@ def prefill_section(clock: Clock) -> list[dict[str, Any]]:
             weights = weights_of(n, k, mode, group)[:6]
             for m in PREFILL_TOKENS:
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
-                tokens = cuda.quantize(x, FACTORS)
                 us = {}
-                for path in ("middle", "wide", "library"):
+                for path in PREFILL_PATHS[0 if m < 512 else 1 :]:
+                    tokens = cuda.quantize(x, FACTORS, path=path)
                     us[path] = graph_us(rotated(weights, lambda w, p=path, t=tokens: cuda.linear(t, w, torch.float16, path=p), 8), 9)
                 quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 8, 9)
                 best = min(us, key=us.__getitem__)

@@ -23,7 +23,7 @@ SHAPES = ((1, 4), (21, 50), (17, 130), (48, 256), (300, 1000), (576, 576), (192,
 SMALL_SHAPES = ((21, 50), (130, 260), (300, 1000))
 MODES = (("explicit", 16), ("explicit", 32), ("explicit", 64), ("explicit", 128), ("codebook", 16), ("codebook", 32), ("codebook", 128))
 TOKENS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 129, 255, 256, 300)
-PATHS = ("decode", "narrow", "middle", "wide", "library")
+PATHS = ("decode", "narrow", "middle", "wide", "hopper128", "hopper256", "library")
 PIECEWISE = ActFactors("piecewise", 0.9, 0.95, 0.3, 0.2)
 
 
@@ -78,6 +78,8 @@ def check_sums(tally: Tally, packed: PackedWeight, tokens: tuple[int, ...], seed
     for m, path in itertools.product(tokens, PATHS):
         if (path == "decode" and m > 16) or (path == "library" and (m <= 16 or n < 16)):
             continue
+        if path.startswith("hopper") and not cuda.is_hopper(0):
+            continue
         tally.equal(cuda.accumulate(q[:m], weight, path=path), expected[:m], f"sums {name} M={m} {path}")
         if path == "decode" and every_plan:
             for plan in plans(m):
@@ -109,6 +111,7 @@ def check_quantizer(tally: Tally, n: int, seed: int) -> None:
         tokens = cuda.quantize(x.cuda(), factors)
         what = f"quantizer in={n} {dtype} {factors}"
         tally.equal(tokens.q, pad_tokens(q).cuda(), f"codes, {what}")
+        tally.equal(cuda.codes_in_order(cuda.quantize(x.cuda(), factors, path="hopper")), q.cuda(), f"codes in wgmma order, {what}")
         tally.equal(tokens.scale, scale[:, 0].cuda(), f"scale, {what}")
         tally.equal(tokens.zero, zero[:, 0].cuda(), f"zero, {what}")
 
@@ -130,7 +133,7 @@ def check_outputs(tally: Tally, packed: PackedWeight, seed: int, tokens: tuple[i
         whole = expected_output(packed, x, factors, dtype)
         for m, path in itertools.product(tokens, ("fused", *PATHS)):
             too_many = m > cuda.MOST_TOKENS.get(path, m) or (path == "fused" and m * (weight.padded + 16) > cuda.FUSED_BYTES)
-            if too_many or (path == "library" and (m <= 16 or n < 16)):
+            if too_many or (path == "library" and (m <= 16 or n < 16)) or (path.startswith("hopper") and not cuda.is_hopper(0)):
                 continue
             for first in (0, 8) if path in ("fused", "decode") else (0,):
                 poison(((m, out), dtype))
@@ -142,7 +145,7 @@ def check_outputs(tally: Tally, packed: PackedWeight, seed: int, tokens: tuple[i
 def check_graphs(tally: Tally, size: int) -> None:
     """A chain of layers whose launches overlap, in a graph, replayed on new inputs: equal to layer after layer with waits between."""
     weights = [cuda.CudaWeight(on_gpu(random_packed(size, size, 32, "codebook", seed))) for seed in range(4)]
-    for m, path, flags in ((1, "fused", 0), (1, "fused", 2), (4, "fused", 3), (1, "decode", 1), (8, "decode", 3), (16, "decode", 3), (40, "narrow", 3), (200, "wide", 3)):
+    for m, path, flags in ((1, "fused", 0), (1, "fused", 2), (4, "fused", 3), (1, "decode", 1), (8, "decode", 3), (16, "decode", 3), (40, "narrow", 3), (200, "wide", 3), (300, "", 3)):
         plan = cuda.Plan(flags=flags)
         x = torch.randn(m, size, dtype=torch.float16, device="cuda")
 
@@ -176,7 +179,9 @@ def check_repeats(tally: Tally) -> None:
     weight = cuda.CudaWeight(packed)
     q = torch.randint(0, 128, (200, 4096), dtype=torch.int8, device="cuda")
     expected = reference.int_matmul(q, int8_weight(packed))
-    for m, path in ((1, "decode"), (16, "decode"), (32, "narrow"), (200, "middle"), (200, "wide")):
+    for m, path in ((1, "decode"), (16, "decode"), (32, "narrow"), (200, "middle"), (200, "wide"), (200, "hopper128"), (200, "hopper256")):
+        if path.startswith("hopper") and not cuda.is_hopper(0):
+            continue
         for turn in range(20):
             tally.equal(cuda.accumulate(q[:m], weight, path=path), expected[:m], f"repeat {turn} M={m} {path}")
 

@@ -11,6 +11,7 @@ every argument before a pointer crosses.
 | `fused` | 1 (up to 8) | one: every block quantizes the tokens itself while its weights travel |
 | `decode` | up to 16 | two, overlapping on Hopper: quantizer, product |
 | `narrow`, `middle`, `wide` | any (32, 64, 128 tokens a block) | two, likewise |
+| `hopper` (`hopper128`, `hopper256`) | any, on Hopper: wgmma | two, likewise; tokens in the order that wgmma reads |
 | `library` | more than 16 | expand to int8, cuBLASLt's int8 product, finish: kept to compare with |
 
 **Streams and graphs.** Everything runs on torch's current stream of the tensor's device; memory comes from torch's allocator; nothing
@@ -31,27 +32,31 @@ import torch
 from torch import Tensor
 
 from lbllm_kernels.activation import PIECEWISE_TOP, UNIFORM_TOP, ActFactors
-from lbllm_kernels.build_cuda import PACKAGE, object_path, source_digest, source_folder
+from lbllm_kernels.build import PACKAGE
+from lbllm_kernels.build_cuda import object_path, source_digest, source_folder
 from lbllm_kernels.cuda_layout import (
     GROUP_SIZES,
     ROW_PAD,
     TILE_K,
     TILE_ROWS,
+    channel_order,
     count_tiles,
     pad_rows,
     pad_tokens,
     padded_channels,
     tile_codes,
     tile_groups,
+    wgmma_order,
 )
 from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5, "library": 6}
+PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5, "hopper": 6, "hopper128": 7, "hopper256": 8, "library": -1}
 MOST_TOKENS = {"fused": 8, "decode": 16}
 FUSED_UP_TO = 1  # tokens that are cheaper to quantize again in every block than in a launch of their own
+HOPPER_FROM = 257  # tokens from which wgmma beats mma.sync
 FUSED_BYTES = 92 << 10  # what every covered device gives a block
-OVERLAP_PAIR, OVERLAP_PREVIOUS = 1, 2  # previous: only when the weight's tensors were complete before the kernel that ran last
+OVERLAP_PAIR, OVERLAP_PREVIOUS, WGMMA_ORDER = 1, 2, 4  # previous: only when the weight's tensors were complete before the kernel that ran last
 _MOST_CELLS = 1 << 24  # row tiles x k tiles: the kernels' 32-bit indices hold
 
 
@@ -213,21 +218,42 @@ class CudaWeight:
 
 @dataclass(frozen=True)
 class CudaTokens:
-    """Quantized tokens: `q` int8 (M, padded), row-major with zeros beyond `in_features`; `scale` fp32 and `zero` int32 (M,)."""
+    """Quantized tokens: `q` int8 (M, padded), row-major with zeros beyond `in_features`; `scale` fp32 and `zero` int32 (M,).
+
+    `wgmma`: channels stand in the order of `cuda_layout.wgmma_order`, which the Hopper paths read.
+    """
 
     q: Tensor
     scale: Tensor
     zero: Tensor
     in_features: int
+    wgmma: bool = False
 
     @property
     def tokens(self) -> int:
         return int(self.q.shape[0])
 
 
-def choose_path(tokens: int) -> str:
+@functools.cache
+def is_hopper(index: int) -> bool:
+    """Whether device `index` has wgmma."""
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
+def choose_path(tokens: int, hopper: bool) -> str:
     """The path of a product with so many tokens when the caller names none."""
-    return "fused" if tokens <= FUSED_UP_TO else "decode" if tokens <= MOST_TOKENS["decode"] else "auto"
+    if tokens <= FUSED_UP_TO:
+        return "fused"
+    if tokens <= MOST_TOKENS["decode"]:
+        return "decode"
+    return "hopper" if hopper and tokens >= HOPPER_FROM else "auto"
+
+
+def _reordered(tokens: CudaTokens, wgmma: bool) -> CudaTokens:
+    if tokens.wgmma == wgmma:
+        return tokens
+    q = wgmma_order(tokens.q) if wgmma else channel_order(tokens.q)
+    return CudaTokens(q, tokens.scale, tokens.zero, tokens.in_features, wgmma)
 
 
 def _functions() -> Any:
@@ -266,25 +292,31 @@ def _numbers(factors: ActFactors) -> tuple[int, Any]:
     return top, (ctypes.c_float * 4)(factors.clip_max, factors.clip_min, factors.knee_low, factors.knee_high)
 
 
-def quantize(x: Tensor, factors: ActFactors, flags: int = 0) -> CudaTokens:
-    """Quantize `x (M, in)` (any float dtype, CUDA); bit-equal to `activation.quantize_activations`. ValueError on a wrong tensor."""
+def quantize(x: Tensor, factors: ActFactors, *, path: str = "", flags: int = 0) -> CudaTokens:
+    """Quantize `x (M, in)` (any float dtype, CUDA); bit-equal to `activation.quantize_activations`. ValueError on a wrong tensor.
+
+    `path`: the product that will read the tokens (its order), by default the one that `choose_path` gives so many tokens.
+    """
     functions, (top, numbers), x = _functions(), _numbers(factors), _checked_input(x)
     tokens, in_features = x.shape
+    wgmma = (path or choose_path(tokens, is_hopper(x.device.index))).startswith("hopper")
     q = torch.empty((tokens, padded_channels(in_features)), dtype=torch.int8, device=x.device)
     scale, zero = torch.empty(tokens, dtype=torch.float32, device=x.device), torch.empty(tokens, dtype=torch.int32, device=x.device)
     if tokens:
         with torch.cuda.device(x.device):
             code = functions.lut8_cuda_quantize(
                 x.device.index, x.data_ptr(), DTYPES[x.dtype], tokens, in_features, q.shape[1], top, numbers,
-                q.data_ptr(), scale.data_ptr(), zero.data_ptr(), flags, _stream(x.device),
+                q.data_ptr(), scale.data_ptr(), zero.data_ptr(), flags | WGMMA_ORDER * wgmma, _stream(x.device),
             )  # fmt: skip
         _ensure(code, f"quantizing {tokens} tokens of {in_features} channels")
-    return CudaTokens(q, scale, zero, in_features)
+    return CudaTokens(q, scale, zero, in_features, wgmma)
 
 
 def _check_path(path: str, tokens: int, weight: CudaWeight) -> None:
     if path == "fused" and tokens * (weight.padded + 16) > FUSED_BYTES:
         raise ValueError(f"path 'fused' holds its tokens in {FUSED_BYTES} bytes of shared memory; {tokens} of {weight.padded} channels are more")
+    if path.startswith("hopper") and not is_hopper(weight.device.index or 0):
+        raise ValueError(f"path {path!r} needs a Hopper GPU")
     if path not in PATHS:
         raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
     if tokens > MOST_TOKENS.get(path, tokens):
@@ -296,7 +328,9 @@ def _product(tokens: CudaTokens, weight: CudaWeight, y: Tensor | None, acc: Tens
         raise ValueError(f"tokens have {tokens.in_features} channels; the layer takes {weight.in_features}")
     if tokens.q.device != weight.device:
         raise ValueError(f"tokens are on {tokens.q.device}, the layer's weights on {weight.device}")
+    path = path if path != "auto" or not tokens.wgmma else "hopper"
     _check_path(path, tokens.tokens, weight)
+    tokens = _reordered(tokens, path.startswith("hopper"))
     with torch.cuda.device(weight.device):
         if path == "library":
             _library_product(tokens, weight, y, acc)
@@ -348,14 +382,14 @@ def forward(x: Tensor, weight: CudaWeight, factors: ActFactors, *, path: str = "
     """`x (M, in)` -> `(M, out)` in x's dtype: quantizer and product in one call, one or two launches. The usual entry."""
     dtype, (top, numbers), x = x.dtype, _numbers(factors), _checked_input(x)
     tokens, in_features = x.shape
-    path = path or choose_path(tokens)
+    path = path or choose_path(tokens, is_hopper(x.device.index))
     _check_path(path, tokens, weight)
     if in_features != weight.in_features:
         raise ValueError(f"tokens have {in_features} channels; the layer takes {weight.in_features}")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, the layer's weights on {weight.device}")
     if path == "library":
-        return linear(quantize(x, factors), weight, dtype, path=path)
+        return linear(quantize(x, factors, path=path), weight, dtype, path=path)
     y = torch.empty((tokens, weight.out_features), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y.to(dtype)
@@ -384,4 +418,4 @@ def accumulate(q: Tensor, weight: CudaWeight, *, path: str = "auto", plan: Plan 
 
 def codes_in_order(tokens: CudaTokens) -> Tensor:
     """The codes of tokens as int8 `(M, in)` (tests and checks)."""
-    return tokens.q[:, : tokens.in_features]
+    return _reordered(tokens, False).q[:, : tokens.in_features]

@@ -75,3 +75,13 @@ def pad_rows(values: Tensor) -> Tensor:
 def pad_tokens(q: Tensor) -> Tensor:
     """Codes `(M, in)` int8 -> `(M, padded)`: what the quantizer writes."""
     return torch.nn.functional.pad(q, (0, padded_channels(q.shape[1]) - q.shape[1])).contiguous()
+
+
+def wgmma_order(q: Tensor) -> Tensor:
+    """Tokens `(M, padded)` in channel order -> the order that wgmma reads: word `8t + 2s + h` of each 128 channels at `8s + 4h + t`."""
+    return q.view(q.shape[0], -1, 4, 4, 2, 4).permute(0, 1, 3, 4, 2, 5).reshape(q.shape)
+
+
+def channel_order(q: Tensor) -> Tensor:
+    """The inverse of `wgmma_order`."""
+    return q.view(q.shape[0], -1, 4, 2, 4, 4).permute(0, 1, 4, 2, 3, 5).reshape(q.shape)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lbllm_kernels import build_cuda, cuda, cuda_ops
 from lbllm_kernels.activation import ActFactors
-from lbllm_kernels.build import BuildError
+from lbllm_kernels.build import PACKAGE, BuildError
 from lbllm_kernels.synthetic import random_packed
 
 needs_nvcc = pytest.mark.skipif(build_cuda.compiler() is None, reason="no nvcc")
@@ -50,6 +50,8 @@ def test_products_use_tensor_cores_and_byte_permutations_and_no_local_memory(sas
             assert "IMMA.16832.S8.S8" in text, name
             assert text.count("PRMT") >= 16, name
             assert re.search(r"LDG\S*\.128", text), name
+        if "hopper_kernel" in name and name.startswith("sm_90a"):
+            assert "IGMMA.64x" in text, name
         assert not re.search(r"\b(LDL|STL)\b", text), name
 
 
@@ -97,7 +99,8 @@ def test_without_a_gpu_calls_say_what_is_missing():
 
 
 def test_paths_by_tokens():
-    assert [cuda.choose_path(m) for m in (1, 16, 17)] == ["fused", "decode", "auto"]
+    assert [cuda.choose_path(m, True) for m in (1, 16, 17, 4000)] == ["fused", "decode", "auto", "hopper"]
+    assert cuda.choose_path(4000, False) == "auto"
 
 
 def test_the_operator_knows_shapes_without_running():
@@ -116,7 +119,7 @@ def test_the_operator_knows_shapes_without_running():
 @pytest.mark.skipif(GPU_REASON is not None, reason=GPU_REASON or "")
 def test_small_shapes_on_this_gpu(monkeypatch):
     """The checks that the benchmark makes first, on its small set."""
-    monkeypatch.syspath_prepend(str(build_cuda.PACKAGE.parent))
+    monkeypatch.syspath_prepend(str(PACKAGE.parent))
     from check_gpu import check
 
     checks, failures = check(print, small=True)

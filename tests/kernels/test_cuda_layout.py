@@ -117,6 +117,7 @@ def header(tmp_path_factory):
         "int shift(int channel) { return code_shift(channel); }\n"
         "int row(int lane, int half) { return lane_row(lane, half); }\n"
         "int channel(int lane) { return lane_channel(lane); }\n"
+        "int place(int channel) { return wgmma_place(channel); }\n"
         "int chunk(int token, int chunk) { return chunk_offset(token, chunk); }\n}\n"
     )
     done = subprocess.run([tool, "-shared", "-fPIC", "-std=c++17", f"-I{folder}", str(at / "shim.cpp"), "-o", str(at / "shim.so")], capture_output=True, text=True, check=False)
@@ -164,3 +165,18 @@ def test_shared_chunks_are_a_permutation_without_bank_conflicts(header):
         for token in range(8):  # the second half of a lane's channels is one bit away
             for t in range(4):
                 assert header.chunk(token, 2 * t + 1) == header.chunk(token, 2 * t) ^ 16
+
+
+def test_wgmma_order_is_where_the_registers_look(header):
+    """Step s reads place 32s + 16h + 4t + j for register pair h of lane t; A holds channel 32t + 8s + 4h + j there."""
+    q = torch.arange(256, dtype=torch.int16)[None].to(torch.int8)
+    ordered = cuda_layout.wgmma_order(q)
+    assert torch.equal(cuda_layout.channel_order(ordered), q)
+    for block in (0, 128):
+        for s in range(4):
+            for h in range(2):
+                for t in range(4):
+                    for j in range(4):
+                        place, channel = block + 32 * s + 16 * h + 4 * t + j, block + 32 * t + 8 * s + 4 * h + j
+                        assert ordered[0, place] == q[0, channel]
+                        assert header.place(channel) == place

@@ -42,4 +42,9 @@ LUT8_FN uint32_t selector(uint32_t word, int quad) { return (word >> (quad / 2 *
 // The activations of a tile in shared memory: rows of 128 bytes, 16-byte chunks swizzled so that eight lanes meet eight bank groups.
 LUT8_FN int chunk_offset(int token, int chunk) { return token * kTileK + ((chunk ^ (token & 1)) * 16); }
 
+// wgmma reads 32 channels a step in its own order. For its sake tokens are written so: word (four channels) 8t + 2s + h of each 128
+// channels goes to place 8s + 4h + t, where step s and register pair h of lane t look for it.
+LUT8_FN int wgmma_word(int word) { return word % 8 / 2 * 8 + word % 2 * 4 + word / 8; }
+LUT8_FN int wgmma_place(int channel) { return channel / kTileK * kTileK + wgmma_word(channel % kTileK / 4) * 4 + channel % 4; }
+
 }  // namespace lut8

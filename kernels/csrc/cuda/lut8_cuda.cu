@@ -29,13 +29,13 @@
 //            lane's activations are 32 contiguous bytes: q stays row-major, B fragments are plain 16-byte loads, nothing is shuffled.
 //
 // Paths.     quantize.cu   one block a token                       decode.cuh   up to 16 tokens, weights straight into registers
-//            tiled.cuh     17 tokens and more, tokens through      prefill.cu   expand to int8 and finish, around a library's product
-//                          shared memory
+//            tiled.cuh     17 tokens and more, tokens through      hopper.cuh   hundreds of tokens, wgmma with weights as register A
+//                          shared memory, mma.sync                 prefill.cu   expand to int8 and finish, around a library's product
 //            decode has two forms: the block quantizes the token itself while its first weights travel (one launch a layer), or a
 //            quantizer runs before it and the two overlap by programmatic dependent launch (Hopper).
 //
 // Trade-offs. All of K stays in one block: no workspace, no second pass, no atomics in device memory; a layer with few rows leaves
-//            multiprocessors idle instead. mma.sync reaches about 60 % of wgmma's rate on Hopper, and runs on every GPU since 2020.
+//            multiprocessors idle instead. mma.sync runs on every GPU since 2020, below wgmma's rate on Hopper.
 //            The derived layout is a second copy of the codes unless the stored one is dropped.
 //
 // Interface. C, no torch: pointers, sizes, the stream. Each call sets the device, launches, and returns a cudaError_t; nothing is
@@ -81,13 +81,15 @@ cudaError_t decode(const Lut8CudaWeight& w, const Tokens& t, const Output& o, Pl
 
 using namespace lut8;
 
-// Paths of a product. Fused exists for lut8_cuda_linear alone.
-enum Path : int { kAuto = 0, kFusedDecode = 1, kDecode = 2, kNarrow = 3, kMiddle = 4, kWide = 5 };
+// Paths of a product. Fused exists for lut8_cuda_linear alone; the Hopper ones read tokens in wgmma order.
+enum Path : int { kAuto = 0, kFusedDecode = 1, kDecode = 2, kNarrow = 3, kMiddle = 4, kWide = 5, kHopper = 6, kHopper128 = 7, kHopper256 = 8 };
 // Flags: the product may overlap the quantizer before it; the first kernel may overlap whatever was launched before it.
-enum Flag : int { kOverlapPair = 1, kOverlapPrevious = 2 };
+// A quantizer alone: in which order it writes.
+enum Flag : int { kOverlapPair = 1, kOverlapPrevious = 2, kWgmmaOrder = 4 };
 
 static cudaError_t product(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int path, int rows, int warps, bool overlap, cudaStream_t stream) {
   if (path == kDecode || (path == kAuto && t.m <= 16)) return t.m <= 16 ? decode(w, t, o, {rows, warps, overlap}, stream) : cudaErrorInvalidValue;
+  if (path >= kHopper && path <= kHopper256) return hopper(w, t, o, (path - kHopper) * 128, overlap, stream);
   if (path < kAuto || path > kWide || path == kFusedDecode) return cudaErrorInvalidValue;
   return tiled(w, t, o, path == kAuto ? 0 : path - kNarrow + 1, overlap, stream);
 }
@@ -108,7 +110,7 @@ int lut8_cuda_quantize(int device, const void* x, int x_type, int m, int in, int
                        int flags, void* stream) {
   if (const cudaError_t error = cudaSetDevice(device)) return error;
   return quantize(raw_tokens(x, x_type, m, top, factors), in, padded, static_cast<int8_t*>(q), static_cast<float*>(scale), static_cast<int32_t*>(zero),
-                  flags & kOverlapPrevious, static_cast<cudaStream_t>(stream));
+                  flags & kWgmmaOrder, flags & kOverlapPrevious, static_cast<cudaStream_t>(stream));
 }
 
 // Quantized tokens -> y (m, out), or the raw sums when acc is given.
@@ -129,7 +131,7 @@ int lut8_cuda_linear(const Lut8CudaWeight* w, const void* x, int x_type, int m, 
   const Output o{y, y_type, nullptr};
   if (path == kFusedDecode) return m <= 8 ? decode(*w, t, o, {rows, warps, flags & kOverlapPrevious}, on) : cudaErrorInvalidValue;
   const cudaError_t error = quantize(t, w->in, w->k_tiles * kTileK, static_cast<int8_t*>(q), static_cast<float*>(scale), static_cast<int32_t*>(zero),
-                                     flags & kOverlapPrevious, on);
+                                     path >= kHopper, flags & kOverlapPrevious, on);
   if (error != cudaSuccess) return error;
   t.x = nullptr, t.q = static_cast<int8_t*>(q), t.scale = static_cast<float*>(scale), t.zero = static_cast<int32_t*>(zero);
   return product(*w, t, o, path, rows, warps, flags & kOverlapPair, on);

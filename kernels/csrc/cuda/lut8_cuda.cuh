@@ -48,9 +48,11 @@ struct Plan {
 };
 
 cudaError_t covered();  // whether the current device has code in this object
-cudaError_t quantize(const Tokens& t, int64_t in, int64_t padded, int8_t* q, float* scale, int32_t* zero, bool overlap, cudaStream_t stream);
+cudaError_t quantize(const Tokens& t, int64_t in, int64_t padded, int8_t* q, float* scale, int32_t* zero, bool wgmma_order, bool overlap,
+                     cudaStream_t stream);
 cudaError_t decode(const Lut8CudaWeight& w, const Tokens& t, const Output& o, Plan plan, cudaStream_t stream);
 cudaError_t tiled(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int shape, bool overlap, cudaStream_t stream);
+cudaError_t hopper(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int tokens, bool overlap, cudaStream_t stream);
 cudaError_t dequantize(const Lut8CudaWeight& w, int8_t* weight, cudaStream_t stream);
 cudaError_t finish(const Lut8CudaWeight& w, const Tokens& t, const int32_t* acc, int64_t stride, const Output& o, cudaStream_t stream);
 

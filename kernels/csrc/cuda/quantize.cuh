@@ -47,9 +47,9 @@ __device__ __forceinline__ void widen(float v, float& high, float& low, bool& ba
 }
 
 // Quantizes token `row` of x into dst (padded bytes, 8-byte aligned, shared or global memory) with all threads of the block; every
-// thread gets scale and zero. The caller synchronizes before dst is read, and between two tokens (the scratch is used again).
+// thread gets scale and zero. `wgmma_order`: see layout.h. The caller synchronizes before dst is read, and between two tokens (the scratch is used again).
 __device__ inline ScaleZero quantize_token(const void* x, int type, int64_t row, int in, int padded, const Factors& f, int8_t* dst,
-                                           QuantizeScratch& scratch) {
+                                           QuantizeScratch& scratch, bool wgmma_order = false) {
   const int tid = threadIdx.x, threads = blockDim.x, lane = tid & 31;
   const int64_t base = row * in;
   const bool vector = in % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
@@ -72,9 +72,9 @@ __device__ inline ScaleZero quantize_token(const void* x, int type, int64_t row,
   high = __uint_as_float(__reduce_max_sync(0xffffffffu, used ? scratch.high[lane] : 0u));
   low = __uint_as_float(__reduce_max_sync(0xffffffffu, used ? scratch.low[lane] : 0u));
   const ScaleZero t = scale_zero(high, low, f);
-  for (int i = in + tid; i < padded; i += threads) dst[i] = 0;
+  for (int i = in + tid; i < padded; i += threads) dst[wgmma_order ? wgmma_place(i) : i] = 0;
   if (!t.finite) {
-    for (int i = tid; i < in; i += threads) dst[i] = 0;
+    for (int i = tid; i < in; i += threads) dst[wgmma_order ? wgmma_place(i) : i] = 0;
     return t;
   }
   if (f.top == 127) {
@@ -82,7 +82,10 @@ __device__ inline ScaleZero quantize_token(const void* x, int type, int64_t row,
     __syncthreads();
   }
   if (!vector) {
-    for (int i = tid; i < in; i += threads) dst[i] = static_cast<int8_t>(code_of(load_one(x, type, base + i), t, f.top, scratch.table));
+    for (int i = tid; i < in; i += threads) {
+      const uint32_t code = code_of(load_one(x, type, base + i), t, f.top, scratch.table);
+      dst[wgmma_order ? wgmma_place(i) : i] = static_cast<int8_t>(code);
+    }
     return t;
   }
   for (int i = tid * 8; i < in; i += threads * 8) {
@@ -90,7 +93,12 @@ __device__ inline ScaleZero quantize_token(const void* x, int type, int64_t row,
     uint32_t packed[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < 8; ++j) packed[j / 4] |= code_of(v[j], t, f.top, scratch.table) << (8 * (j % 4));
-    *reinterpret_cast<uint2*>(dst + i) = make_uint2(packed[0], packed[1]);
+    if (wgmma_order) {
+      uint32_t* word = reinterpret_cast<uint32_t*>(dst + wgmma_place(i));
+      word[0] = packed[0], word[4] = packed[1];
+    } else {
+      *reinterpret_cast<uint2*>(dst + i) = make_uint2(packed[0], packed[1]);
+    }
   }
   return t;
 }

@@ -1,0 +1,130 @@
+// Many tokens on Hopper: weights expanded into registers as the A operand of wgmma, tokens as B from shared memory.
+//
+// A block owns 128 rows (two warpgroups of 64; a warp has one row tile) and kN tokens; a stage is one k tile of the tokens. wgmma reads
+// channels in its own order, so the quantizer writes each 128 channels in that order (layout.h, wgmma_word). While the tensor cores
+// work on one k tile, the warps expand the next into a second set of A registers; loads run two stages ahead.
+#pragma once
+#include "tiled.cuh"
+#include "wgmma.cuh"
+
+namespace lut8 {
+
+template <int kN>
+struct HopperShape {
+  static constexpr int kThreads = 256, kBlockRows = 128, kBlockTokens = kN, kStages = 4;
+  static constexpr int kStageBytes = kN * kTileK;
+  static constexpr int kSumStride = kBlockRows + 4;
+  static constexpr int kSumBytes = kN * kSumStride * 4;
+  static constexpr int kShared = (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes) + 1024;  // aligned by hand
+};
+
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+template <int kN>
+__device__ __forceinline__ void load_hopper_stage(const Lut8CudaWeight& w, const Tokens& t, int first_token, int k_tile, uint32_t stage) {
+  const int64_t stride = w.k_tiles * kTileK;
+#pragma unroll
+  for (int i = threadIdx.x; i < kN * 8; i += 256) {
+    const int token = i / 8, chunk = i % 8;
+    const int64_t row = min(first_token + token, t.m - 1);
+    copy_async(stage + token * kTileK + ((chunk ^ (token & 7)) * 16), t.q + row * stride + k_tile * kTileK + chunk * 16);
+  }
+}
+
+// One k tile's A registers, [step][register]. The codes are pinned first: nothing of this moves above the wait before it.
+template <bool kCodebook, bool kTwo>
+__device__ __forceinline__ void expand_tile(WeightTile<1, kCodebook, kTwo>& tile, uint32_t table, uint32_t (&a)[4][4]) {
+  uint4& c = tile.codes[0];
+  asm volatile("" : "+r"(c.x), "+r"(c.y), "+r"(c.z), "+r"(c.w)::"memory");
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t part[2][4];
+    expand(half ? c.y : c.x, half ? c.w : c.z, tile.levels[0].word(table, half, 0), tile.levels[0].word(table, half, 1), part);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[2 * half][i] = part[0][i], a[2 * half + 1][i] = part[1][i];
+  }
+}
+
+template <int kN>
+__device__ __forceinline__ void multiply_hopper(int (&acc)[kN / 2], const uint32_t (&a)[4][4], uint32_t stage, int keep) {
+  const uint64_t b = token_descriptor(stage);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) wgmma<kN>(acc, a[step], b + 2 * step, step ? 1 : keep);
+  wgmma_commit();
+}
+
+#endif
+
+template <int kN, bool kCodebook, bool kTwo>
+__global__ void __launch_bounds__(256, 1) hopper_kernel(Lut8CudaWeight w, Tokens t, Output o) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = HopperShape<kN>;
+  extern __shared__ __align__(128) int8_t memory[];
+  __shared__ int32_t table[kCodebook ? 256 : 1];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int first_token = blockIdx.x * kN, first_row_tile = blockIdx.y * (S::kBlockRows / kTileRows), row_tile = first_row_tile + warp;
+  const uint32_t raw = shared_address(memory), shared = (raw + 1023) & ~1023u, table_at = shared_address(table);
+  const int steps = w.k_tiles;
+
+  WeightTile<1, kCodebook, kTwo> tile;
+  tile.load(w, row_tile, 0, lane);
+  if (kCodebook) table[threadIdx.x] = __ldg(w.codebook + threadIdx.x);
+  let_next_start();
+  wait_for_previous();
+#pragma unroll
+  for (int s = 0; s < S::kStages - 2; ++s) {
+    if (s < steps) load_hopper_stage<kN>(w, t, first_token, s, shared + s * S::kStageBytes);
+    copy_commit();
+  }
+  __syncthreads();  // the table
+  int acc[kN / 2];  // the first product writes it
+  uint32_t even[4][4], odd[4][4];
+  expand_tile(tile, table_at, even);
+  tile.load(w, row_tile, 1, lane);
+
+  const auto step = [&](int i, uint32_t (&now)[4][4], uint32_t (&next)[4][4]) {
+    copy_wait<S::kStages - 3>();
+    fence_async_proxy();
+    __syncthreads();
+    multiply_hopper<kN>(acc, now, shared + i % S::kStages * S::kStageBytes, i);
+    const int ahead = i + S::kStages - 2;
+    if (ahead < steps) load_hopper_stage<kN>(w, t, first_token, ahead, shared + ahead % S::kStages * S::kStageBytes);
+    copy_commit();
+    wgmma_wait<1>();  // the k tile before this one is done: its stage and its registers are free
+    expand_tile(tile, table_at, next);
+    tile.load(w, row_tile, i + 2, lane);
+  };
+  int i = 0;
+  for (; i + 1 < steps; i += 2) {
+    step(i, even, odd);
+    step(i + 1, odd, even);
+  }
+  if (i < steps) step(i, even, odd);
+  wgmma_wait<0>();
+  copy_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) asm volatile("" : "+r"(acc[i])::"memory");
+  __syncthreads();
+
+  int* sums = reinterpret_cast<int*>(memory + (shared - raw));
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) {
+    const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = warp * kTileRows + lane_row(lane, i / 2 % 2);
+    sums[token * S::kSumStride + row] = acc[i];
+  }
+  __syncthreads();
+  tiled_epilogue<S>(w, t, o, sums, first_row_tile * kTileRows, first_token);
+#endif
+}
+
+template <int kN, bool kCodebook>
+cudaError_t hopper_shape(const Lut8CudaWeight& w, const Tokens& t, const Output& o, bool overlap, cudaStream_t stream) {
+  using S = HopperShape<kN>;
+  const dim3 grid((t.m + kN - 1) / kN, (w.row_tiles * kTileRows + S::kBlockRows - 1) / S::kBlockRows), block(S::kThreads);
+  if (w.groups_per_tile == 8) return launch(hopper_kernel<kN, kCodebook, true>, grid, block, S::kShared, overlap, stream, w, t, o);
+  return launch(hopper_kernel<kN, kCodebook, false>, grid, block, S::kShared, overlap, stream, w, t, o);
+}
+
+}  // namespace lut8
