@@ -5,6 +5,7 @@ against the reference with fresh random inputs, and stops there with exit 1 on a
 model's shapes beside cuBLAS fp16 in the same run, writes results/kernels_<device>.json, and prints one table last.
 
     --only correctness,decode,prefill,sweep,probe,sanitize,peers,model     sections, in this order (default: correctness,decode,prefill)
+    --sanitize, --model   those sections alone
     --minutes 4        start no further measurement after so long
 
 Method: CUDA graphs of calls over rotated weights (200 MB of them at least: four times the L2), medians of replays; `ours` at M <= 16
@@ -300,17 +301,21 @@ SECTIONS: dict[str, Callable[[Clock], list[dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def driver() -> str:
+def said(*command: str) -> str:
+    """What a command prints, or "unknown" where it does not run."""
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def commit() -> str:
+    return said("git", "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def driver() -> str:
+    return said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -349,11 +354,13 @@ def main(arguments: list[str]) -> int:
     """Command line; exit 1 when the path cannot run here or a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="correctness,decode,prefill", help=f"sections, separated by commas: {', '.join(SECTIONS)}")
+    parser.add_argument("--sanitize", action="store_true", help="the section sanitize alone: compute-sanitizer over a small set")
+    parser.add_argument("--model", action="store_true", help="the section model alone: whole models into --decode-out")
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "kernels_h100.json")
     parser.add_argument("--decode-out", type=Path, default=ROOT / "results" / "decode_h100.json")
     options = parser.parse_args(arguments)
-    names = options.only.split(",")
+    names = ["sanitize"] if options.sanitize else ["model"] if options.model else options.only.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
     clock = Clock(options.minutes)

@@ -18,7 +18,6 @@ struct HopperShape {
   static constexpr int kShared = (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes) + 1024;  // aligned by hand
 };
 
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 template <int kN>

@@ -47,15 +47,15 @@
 namespace lut8 {
 namespace {
 
-// Row tiles a block and warps a block: the least work for the busiest multiprocessor; among equals two row tiles, which halve the
-// reading of activations.
+// Row tiles a block and warps a block: the least work for the busiest multiprocessor; among equals one wave of two blocks each, then two
+// row tiles, which halve the reading of activations.
 Plan choose(const Lut8CudaWeight& w, int m, Plan plan, int multiprocessors) {
   if (plan.row_tiles < 1 || plan.row_tiles > 4) {
     int best = 1 << 30;
     for (const int rows : {2, 1, 3, 4}) {
       if (rows == 4 && m > 8) continue;
       const int blocks = (w.row_tiles + rows - 1) / rows;
-      const int cost = (blocks + multiprocessors - 1) / multiprocessors * rows;
+      const int cost = (blocks + multiprocessors - 1) / multiprocessors * rows * 4 + (blocks > 2 * multiprocessors);
       if (cost < best) best = cost, plan.row_tiles = rows;
     }
   }
