@@ -1,4 +1,4 @@
-// What the CUDA files share: argument blocks, and the few PTX instructions that CUDA C++ has no good name for.
+// What the CUDA files share: argument blocks, weights in registers, outputs.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "layout.h"
+#include "ptx.cuh"
 #include "quantize_math.h"
 
 namespace lut8 {
@@ -55,62 +56,6 @@ cudaError_t tiled(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int
 cudaError_t hopper(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int tokens, bool overlap, cudaStream_t stream);
 cudaError_t dequantize(const Lut8CudaWeight& w, int8_t* weight, cudaStream_t stream);
 cudaError_t finish(const Lut8CudaWeight& w, const Tokens& t, const int32_t* acc, int64_t stride, const Output& o, cudaStream_t stream);
-
-#ifdef __CUDACC__
-
-__device__ __forceinline__ uint32_t prmt(uint32_t bytes, uint32_t select) {
-  uint32_t out;
-  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(out) : "r"(bytes), "r"(select));
-  return out;
-}
-
-// c (16 x 8, int32) += a (16 x 32, int8) * b (32 x 8, int8)
-__device__ __forceinline__ void mma(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Weights are read once by a block: past L1, which is left to the activations.
-__device__ __forceinline__ uint4 load_once(const uint4* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-
-// Shared memory by its 32-bit address, computed once (a generic pointer is converted anew in every loop).
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ uint32_t load_shared(uint32_t at) {
-  uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
-  return v;
-}
-__device__ __forceinline__ uint4 load_shared_four(uint32_t at) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-  return v;
-}
-
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// Programmatic dependent launch: the next kernel may start early; nothing that an earlier kernel wrote is touched before the wait.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // The float operations of reference.finish, in its order and without contraction.
 __device__ __forceinline__ float finish_one(int acc, float scale, int zero, float row_scale, int row_sum) {
@@ -202,5 +147,4 @@ __device__ __forceinline__ void expand(uint32_t upper_codes, uint32_t lower_code
   }
 }
 
-#endif  // __CUDACC__
 }  // namespace lut8
