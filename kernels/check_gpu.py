@@ -72,6 +72,9 @@ def check_sums(tally: Tally, packed: PackedWeight, tokens: tuple[int, ...], seed
     weight = cuda.CudaWeight(packed)
     dense = int8_weight(packed)
     tally.equal(weight.row_sums[:out], row_sums(packed), f"row sums {name}")
+    for field, tensor in vars(cuda.stored(weight)).items():
+        if isinstance(tensor, torch.Tensor):
+            tally.equal(tensor, getattr(packed, field), f"stored {field} {name}")
     tally.equal(cuda.expanded(weight)[:out, :n], dense, f"expanded {name}")
     q = torch.randint(0, 128, (max(tokens), n), generator=torch.Generator().manual_seed(seed), dtype=torch.int8).cuda()
     expected = reference.int_matmul(q, dense)

@@ -17,7 +17,7 @@ every argument before a pointer crosses.
 **Streams and graphs.** Everything runs on torch's current stream of the tensor's device; memory comes from torch's allocator; nothing
 synchronizes; every launch's return code is checked. Calls may be captured into a CUDA graph.
 
-**Trade-off.** The derived layout is a second copy of the codes (2 bits a weight) beside the stored one.
+**Trade-off.** The layout is not the stored one; `stored` gives that back bit by bit, so that nobody needs to keep both.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ from lbllm_kernels.cuda_layout import (
     padded_channels,
     tile_codes,
     tile_groups,
+    untile_codes,
+    untile_groups,
     wgmma_order,
 )
-from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight
+from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight, count_groups
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5, "hopper": 6, "hopper128": 7, "hopper256": 8, "library": -1}
@@ -121,6 +123,12 @@ def _declare(functions: ctypes.CDLL) -> None:
         function.restype, function.argtypes = i, arguments
 
 
+def state() -> tuple[bool, str]:
+    """Whether the object is loaded on a machine with a GPU, and why or why not."""
+    found = library()
+    return found.functions is not None, found.reason
+
+
 @functools.cache
 def device_reason(index: int) -> str | None:
     """Why device `index` cannot run the kernels, or None."""
@@ -166,10 +174,12 @@ class CudaWeight:
         elif packed.group_codes is not None and packed.codebook is not None:
             group_codes = tile_groups(packed.group_codes, n, g)
             codebook = torch.nn.functional.pad(packed.codebook, (0, MAX_CODEBOOK - packed.codebook.numel())).contiguous()
+        entries = MAX_CODEBOOK if packed.codebook is None else packed.codebook.numel()
         self._fill(
             n, packed.out_features, g, tile_codes(packed.codes, n), words, group_codes, codebook,
             pad_rows(packed.row_scale), pad_rows(torch.zeros_like(packed.row_scale, dtype=torch.int32)), None if bias is None else pad_rows(bias.to(torch.float32)),
         )  # fmt: skip
+        self.entries = entries
         assert self.row_sums is not None
         ones = torch.ones((1, n), dtype=torch.int8, device=self.device)  # sums of rows: a product with ones, in which padding counts zero
         self.row_sums[: self.out_features] = accumulate(ones, self)[0]
@@ -182,8 +192,8 @@ class CudaWeight:
         return self
 
     def _fill(self, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> None:
-        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        self.codes, self.words, self.group_codes, self.codebook, self.row_scale, self.row_sums, self.bias = tensors
+        self.in_features, self.out_features, self.group_size, self.entries = in_features, out_features, group_size, MAX_CODEBOOK
+        self.codes, self.words, self.group_codes, self.codebook, self.row_scale, self.row_sums, self.bias = self.layout = tensors
         row_tiles, k_tiles = self._check()
         self.row_tiles, self.padded = row_tiles, k_tiles * TILE_K
         assert self.codes is not None
@@ -419,3 +429,14 @@ def accumulate(q: Tensor, weight: CudaWeight, *, path: str = "auto", plan: Plan 
 def codes_in_order(tokens: CudaTokens) -> Tensor:
     """The codes of tokens as int8 `(M, in)` (tests and checks)."""
     return _reordered(tokens, False).q[:, : tokens.in_features]
+
+
+def stored(weight: CudaWeight) -> PackedWeight:
+    """The tensors of the format again, bit by bit: the layout only moves them."""
+    out, n, g = weight.out_features, weight.in_features, weight.group_size
+    words, group_codes = (None if t is None else untile_groups(t, out, count_groups(n, g)) for t in (weight.words, weight.group_codes))
+    assert weight.codes is not None
+    assert weight.row_scale is not None
+    codebook = None if weight.codebook is None else weight.codebook[: weight.entries]
+    bias = None if weight.bias is None else weight.bias[:out]
+    return PackedWeight(untile_codes(weight.codes, out, n), weight.row_scale[:out], n, g, words, group_codes, codebook, bias)

@@ -42,6 +42,21 @@ def _spread(half: Tensor) -> Tensor:
     return (half | half << 2) & 0x33333333
 
 
+def _gather(nibbles: Tensor) -> Tensor:
+    """The inverse of `_spread`: the low halves of eight nibbles -> 16 bits."""
+    nibbles = nibbles & 0x33333333
+    nibbles = (nibbles | nibbles >> 2) & 0x0F0F0F0F
+    nibbles = (nibbles | nibbles >> 4) & 0x00FF00FF
+    return (nibbles | nibbles >> 8) & 0xFFFF
+
+
+def _recoded(words: Tensor, forward: bool) -> Tensor:
+    """Words of 16 codes, natural order <-> tile order, i32 -> i32."""
+    wide = words.to(torch.int64) & 0xFFFFFFFF
+    wide = _spread(wide & 0xFFFF) | _spread(wide >> 16) << 2 if forward else _gather(wide) | _gather(wide >> 2) << 16
+    return torch.where(wide >= 1 << 31, wide - (1 << 32), wide).to(torch.int32)
+
+
 def tile_codes(codes: Tensor, in_features: int) -> Tensor:
     """Stored codes `(out, ceil(in/4))` u8 -> i32 `(row_tiles, k_tiles, 32, 4)`."""
     row_tiles, k_tiles = count_tiles(codes.shape[0], in_features)
@@ -51,11 +66,25 @@ def tile_codes(codes: Tensor, in_features: int) -> Tensor:
     tiled = torch.empty((row_tiles, k_tiles, 32, 4), dtype=torch.int32, device=codes.device)
     step = max(1, (1 << 20) // (k_tiles * 128))  # bounds the int64 temporaries
     for start in range(0, row_tiles, step):
-        wide = tiles[start : start + step].to(torch.int64)
-        words = _spread(wide & 0xFFFF) | _spread(wide >> 16 & 0xFFFF) << 2
-        words = torch.where(words >= 1 << 31, words - (1 << 32), words)
-        tiled[start : start + step] = words.to(torch.int32).reshape(-1, k_tiles, 32, 4)
+        tiled[start : start + step] = _recoded(tiles[start : start + step], forward=True).reshape(-1, k_tiles, 32, 4)
     return tiled
+
+
+def untile_codes(tiled: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The inverse of `tile_codes`: the stored codes, u8 `(out, ceil(in/4))`."""
+    row_tiles, k_tiles = tiled.shape[:2]
+    natural = torch.empty((row_tiles, TILE_ROWS, k_tiles * 8), dtype=torch.int32, device=tiled.device)
+    step = max(1, (1 << 20) // (k_tiles * 128))
+    for start in range(0, row_tiles, step):
+        part = _recoded(tiled[start : start + step], forward=False).view(-1, k_tiles, 8, 4, 2, 2)
+        natural[start : start + step] = part.permute(0, 4, 2, 1, 3, 5).reshape(-1, TILE_ROWS, k_tiles * 8)
+    return natural.view(-1, k_tiles * 8).view(torch.uint8)[:out_features, : -(-in_features // 4)].contiguous()
+
+
+def untile_groups(tiled: Tensor, out_features: int, n_groups: int) -> Tensor:
+    """The inverse of `tile_groups`: `(out, n_groups)`."""
+    rows = tiled.permute(0, 4, 2, 1, 3).reshape(tiled.shape[0] * TILE_ROWS, -1)
+    return rows[:out_features, :n_groups].contiguous()
 
 
 def tile_groups(values: Tensor, in_features: int, group_size: int) -> Tensor:

@@ -47,6 +47,15 @@ def test_group_tiles_follow_the_drawing(group):
             assert tiles[row // 16, j // per_tile, row % 8, j % per_tile, row // 8 % 2] == expected
 
 
+@given(st.integers(1, 40), st.integers(1, 400), GROUPS, st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_stored_tensors_come_back(out, n, group, seed):
+    packed = random_packed(out, n, group, "codebook", seed)
+    assert torch.equal(cuda_layout.untile_codes(cuda_layout.tile_codes(packed.codes, n), out, n), packed.codes)
+    groups = cuda_layout.tile_groups(packed.group_codes, n, group)
+    assert torch.equal(cuda_layout.untile_groups(groups, out, packed.n_groups), packed.group_codes)
+
+
 def prmt(word: torch.Tensor, selector: torch.Tensor) -> torch.Tensor:
     """`prmt.b32 d, word, word, selector` for selectors whose nibbles are 0..3: int64 bits -> int8 (..., 4)."""
     nibbles = torch.stack([selector >> 4 * i & 15 for i in range(4)], -1)
