@@ -25,32 +25,19 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lbllm_kernels.activation import PIECEWISE_TOP, UNIFORM_TOP, ActFactors
-from lbllm_kernels.build import PACKAGE
-from lbllm_kernels.build_cuda import object_path, source_digest, source_folder
-from lbllm_kernels.cuda_layout import (
-    GROUP_SIZES,
-    ROW_PAD,
-    TILE_K,
-    TILE_ROWS,
-    channel_order,
-    count_tiles,
-    pad_rows,
-    pad_tokens,
-    padded_channels,
-    tile_codes,
-    tile_groups,
-    untile_codes,
-    untile_groups,
-    wgmma_order,
-)
-from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight, count_groups
+from lbllm_kernels.cuda_layout import TILE_ROWS, channel_order, pad_tokens, padded_channels, wgmma_order
+from lbllm_kernels.cuda_weight import CudaWeight, device_reason, ensure, functions, library, state, stored, stream_of, unsupported
+
+__all__ = [
+    "CudaTokens", "CudaWeight", "Plan", "accumulate", "choose_path", "codes_in_order", "device_reason", "expanded", "forward", "is_hopper", "library",
+    "linear", "quantize", "state", "stored", "unsupported",
+]  # fmt: skip
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5, "hopper": 6, "hopper128": 7, "hopper256": 8, "library": -1}
@@ -59,22 +46,6 @@ FUSED_UP_TO = 1  # tokens that are cheaper to quantize again in every block than
 HOPPER_FROM = 257  # tokens from which wgmma beats mma.sync
 FUSED_BYTES = 92 << 10  # what every covered device gives a block
 OVERLAP_PAIR, OVERLAP_PREVIOUS, WGMMA_ORDER = 1, 2, 4  # previous: only when the weight's tensors were complete before the kernel that ran last
-_MOST_CELLS = 1 << 24  # row tiles x k tiles: the kernels' 32-bit indices hold
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_int32) for name in ("out", "in_", "row_tiles", "k_tiles", "groups_per_tile", "device")],
-        *[(name, ctypes.c_void_p) for name in ("codes", "words", "group_codes", "codebook", "row_scale", "row_sum", "bias")],
-    ]
-
-
-@dataclass(frozen=True)
-class Library:
-    """The loaded object (None when there is none that this machine can use) and the reason, or the object's name."""
-
-    functions: ctypes.CDLL | None
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -87,143 +58,6 @@ class Plan:
 
 
 DEFAULT_PLAN = Plan()
-
-
-@functools.cache
-def library() -> Library:
-    """Load the object built from the present sources, once a process. Never raises: `reason` says what is missing."""
-    folder = source_folder()
-    path = object_path(source_digest(folder)) if folder else _only_object()
-    if path is None or not path.is_file():
-        return Library(None, "the CUDA path is not built; run: python -m lbllm_kernels.build_cuda (needs nvcc)")
-    if not torch.cuda.is_available():
-        return Library(None, f"{path.name} is built, but torch sees no CUDA device")
-    try:
-        functions = ctypes.CDLL(str(path))
-    except OSError as error:
-        return Library(None, f"{path.name} cannot be loaded ({error}); run: python -m lbllm_kernels.build_cuda --force")
-    _declare(functions)
-    return Library(functions, path.name)
-
-
-def _only_object() -> Path | None:
-    found = sorted(PACKAGE.glob("_lut8_cuda_*.so"))
-    return found[0] if len(found) == 1 else None
-
-
-def _declare(functions: ctypes.CDLL) -> None:
-    p, i, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    functions.lut8_cuda_error.restype, functions.lut8_cuda_error.argtypes = ctypes.c_char_p, [i]
-    signatures = {
-        "covers": [i], "quantize": [i, p, i, i, i, i, i, p, p, p, p, i, p], "product": [p, p, p, p, i, p, i, p, i, i, i, i, p],
-        "linear": [p, p, i, i, i, p, p, p, p, p, i, i, i, i, i, p], "dequantize": [p, p, p], "finish": [p, p, wide, p, p, i, p, i, p],
-    }  # fmt: skip
-    for name, arguments in signatures.items():
-        function = getattr(functions, f"lut8_cuda_{name}")
-        function.restype, function.argtypes = i, arguments
-
-
-def state() -> tuple[bool, str]:
-    """Whether the object is loaded on a machine with a GPU, and why or why not."""
-    found = library()
-    return found.functions is not None, found.reason
-
-
-@functools.cache
-def device_reason(index: int) -> str | None:
-    """Why device `index` cannot run the kernels, or None."""
-    functions = library().functions
-    if functions is None:
-        return library().reason
-    with torch.cuda.device(index):
-        code = functions.lut8_cuda_covers(index)
-    if code == 0:
-        return None
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"{torch.cuda.get_device_name(index)} (capability {major}.{minor}) is not covered by {library().reason}: {_message(code)}"
-
-
-def unsupported(packed: PackedWeight) -> str | None:
-    """Why this weight needs another path, or None."""
-    device = packed.codes.device
-    if device.type != "cuda":
-        return f"the weight is on {device}"
-    if packed.group_size not in GROUP_SIZES:
-        return f"group size {packed.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}"
-    if packed.outlier_weight is not None:
-        return "INT8 outlier channels"
-    row_tiles, k_tiles = count_tiles(packed.out_features, packed.in_features)
-    if row_tiles * k_tiles >= _MOST_CELLS:
-        return f"a layer of {packed.out_features} x {packed.in_features} is beyond the kernels' 32-bit indices"
-    return device_reason(torch.cuda.current_device() if device.index is None else device.index)
-
-
-class CudaWeight:
-    """A packed weight in the kernels' layout, with the block of pointers that the calls take. Keeps its tensors alive."""
-
-    def __init__(self, packed: PackedWeight, bias: Tensor | None = None):
-        """Derive the layout of a validated `packed`. `bias` fp32 (out,) overrides `packed.bias`. ValueError when unsupported."""
-        why = unsupported(packed)
-        if why:
-            raise ValueError(f"the CUDA path does not take this weight: {why}")
-        bias = packed.bias if bias is None else bias
-        n, g = packed.in_features, packed.group_size
-        words = group_codes = codebook = None
-        if packed.levels is not None:
-            words = tile_groups(packed.levels, n, g)
-        elif packed.group_codes is not None and packed.codebook is not None:
-            group_codes = tile_groups(packed.group_codes, n, g)
-            codebook = torch.nn.functional.pad(packed.codebook, (0, MAX_CODEBOOK - packed.codebook.numel())).contiguous()
-        entries = MAX_CODEBOOK if packed.codebook is None else packed.codebook.numel()
-        self._fill(
-            n, packed.out_features, g, tile_codes(packed.codes, n), words, group_codes, codebook,
-            pad_rows(packed.row_scale), pad_rows(torch.zeros_like(packed.row_scale, dtype=torch.int32)), None if bias is None else pad_rows(bias.to(torch.float32)),
-        )  # fmt: skip
-        self.entries = entries
-        assert self.row_sums is not None
-        ones = torch.ones((1, n), dtype=torch.int8, device=self.device)  # sums of rows: a product with ones, in which padding counts zero
-        self.row_sums[: self.out_features] = accumulate(ones, self)[0]
-
-    @classmethod
-    def from_layout(cls, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> CudaWeight:
-        """The same from tensors that are laid out already: codes, words, group_codes, codebook, row_scale, row_sums, bias."""
-        self = cls.__new__(cls)
-        self._fill(in_features, out_features, group_size, *tensors)
-        return self
-
-    def _fill(self, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> None:
-        self.in_features, self.out_features, self.group_size, self.entries = in_features, out_features, group_size, MAX_CODEBOOK
-        self.codes, self.words, self.group_codes, self.codebook, self.row_scale, self.row_sums, self.bias = self.layout = tensors
-        row_tiles, k_tiles = self._check()
-        self.row_tiles, self.padded = row_tiles, k_tiles * TILE_K
-        assert self.codes is not None
-        self.device = self.codes.device
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
-        self._block = _Weight(out_features, in_features, row_tiles, k_tiles, TILE_K // group_size, self.device.index or 0, *pointers)
-        self.address = ctypes.addressof(self._block)
-
-    def _check(self) -> tuple[int, int]:
-        """ValueError unless every tensor has the size that the kernels will read; row tiles, k tiles."""
-        row_tiles, k_tiles = count_tiles(self.out_features, self.in_features)
-        rows, groups = (self.out_features + -self.out_features % ROW_PAD,), (row_tiles, k_tiles, 8, TILE_K // self.group_size, 2)
-        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "codes": (torch.int32, (row_tiles, k_tiles, 32, 4)), "row_scale": (torch.float32, rows), "row_sums": (torch.int32, rows), "bias": (torch.float32, rows),
-            "words": (torch.int32, groups), "group_codes": (torch.uint8, groups), "codebook": (torch.int32, (MAX_CODEBOOK,)),
-        }  # fmt: skip
-        if (self.words is None) == (self.group_codes is None) or (self.group_codes is None) != (self.codebook is None):
-            raise ValueError("give either words, or group_codes with codebook")
-        for name, (dtype, shape) in wanted.items():
-            tensor = getattr(self, name)
-            if tensor is None and name not in ("codes", "row_scale", "row_sums"):
-                continue
-            if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device.type != "cuda":
-                raise ValueError(f"{name} must be a contiguous CUDA tensor {dtype} {shape}")
-        return row_tiles, k_tiles
-
-    def bytes(self) -> int:
-        """Bytes that one product reads of the weight."""
-        tensors = (self.codes, self.words, self.group_codes, self.row_scale, self.row_sums, self.bias)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 @dataclass(frozen=True)
@@ -266,26 +100,6 @@ def _reordered(tokens: CudaTokens, wgmma: bool) -> CudaTokens:
     return CudaTokens(q, tokens.scale, tokens.zero, tokens.in_features, wgmma)
 
 
-def _functions() -> Any:
-    functions = library().functions
-    if functions is None:
-        raise RuntimeError(library().reason)
-    return functions
-
-
-def _message(code: int) -> str:
-    return f"{_functions().lut8_cuda_error(code).decode()} (CUDA error {code})"
-
-
-def _ensure(code: int, what: str) -> None:
-    if code:
-        raise RuntimeError(f"{what}: {_message(code)}; LBLLM_KERNEL_PATH=reference runs without the CUDA path")
-
-
-def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
 def _checked_input(x: Tensor) -> Tensor:
     if x.dim() != 2 or x.shape[1] == 0 or x.device.type != "cuda" or not x.dtype.is_floating_point:
         raise ValueError(f"activations must be a float CUDA matrix (M, in), got {x.dtype} {tuple(x.shape)} on {x.device}")
@@ -307,18 +121,18 @@ def quantize(x: Tensor, factors: ActFactors, *, path: str = "", flags: int = 0) 
 
     `path`: the product that will read the tokens (its order), by default the one that `choose_path` gives so many tokens.
     """
-    functions, (top, numbers), x = _functions(), _numbers(factors), _checked_input(x)
+    (top, numbers), x = _numbers(factors), _checked_input(x)
     tokens, in_features = x.shape
     wgmma = (path or choose_path(tokens, is_hopper(x.device.index))).startswith("hopper")
     q = torch.empty((tokens, padded_channels(in_features)), dtype=torch.int8, device=x.device)
     scale, zero = torch.empty(tokens, dtype=torch.float32, device=x.device), torch.empty(tokens, dtype=torch.int32, device=x.device)
     if tokens:
         with torch.cuda.device(x.device):
-            code = functions.lut8_cuda_quantize(
+            code = functions().lut8_cuda_quantize(
                 x.device.index, x.data_ptr(), DTYPES[x.dtype], tokens, in_features, q.shape[1], top, numbers,
-                q.data_ptr(), scale.data_ptr(), zero.data_ptr(), flags | WGMMA_ORDER * wgmma, _stream(x.device),
+                q.data_ptr(), scale.data_ptr(), zero.data_ptr(), flags | WGMMA_ORDER * wgmma, stream_of(x.device),
             )  # fmt: skip
-        _ensure(code, f"quantizing {tokens} tokens of {in_features} channels")
+        ensure(code, f"quantizing {tokens} tokens of {in_features} channels")
     return CudaTokens(q, scale, zero, in_features, wgmma)
 
 
@@ -345,18 +159,18 @@ def _product(tokens: CudaTokens, weight: CudaWeight, y: Tensor | None, acc: Tens
         if path == "library":
             _library_product(tokens, weight, y, acc)
             return
-        code = _functions().lut8_cuda_product(
+        code = functions().lut8_cuda_product(
             weight.address, tokens.q.data_ptr(), tokens.scale.data_ptr(), tokens.zero.data_ptr(), tokens.tokens,
             None if y is None else y.data_ptr(), 0 if y is None else DTYPES[y.dtype], None if acc is None else acc.data_ptr(),
-            PATHS[path], plan.row_tiles, plan.warps, plan.flags & OVERLAP_PREVIOUS, _stream(weight.device),
+            PATHS[path], plan.row_tiles, plan.warps, plan.flags & OVERLAP_PREVIOUS, stream_of(weight.device),
         )  # fmt: skip
-    _ensure(code, f"product of {tokens.tokens} tokens with {weight.out_features} x {weight.in_features} by path {path}")
+    ensure(code, f"product of {tokens.tokens} tokens with {weight.out_features} x {weight.in_features} by path {path}")
 
 
 def expanded(weight: CudaWeight) -> Tensor:
     """int8 weights `(rows, padded)`, rows padded to 16 and channels to 128. What lies beyond the layer's is not meant to be read."""
     dense = torch.empty((weight.row_tiles * TILE_ROWS, weight.padded), dtype=torch.int8, device=weight.device)
-    _ensure(_functions().lut8_cuda_dequantize(weight.address, dense.data_ptr(), _stream(weight.device)), "expanding a weight")
+    ensure(functions().lut8_cuda_dequantize(weight.address, dense.data_ptr(), stream_of(weight.device)), "expanding a weight")
     return dense
 
 
@@ -369,11 +183,11 @@ def _library_product(tokens: CudaTokens, weight: CudaWeight, y: Tensor | None, a
         acc.copy_(sums[:, : weight.out_features])
         return
     assert y is not None
-    code = _functions().lut8_cuda_finish(
+    code = functions().lut8_cuda_finish(
         weight.address, sums.data_ptr(), sums.shape[1], tokens.scale.data_ptr(), tokens.zero.data_ptr(), tokens.tokens, y.data_ptr(), DTYPES[y.dtype],
-        _stream(weight.device),
+        stream_of(weight.device),
     )  # fmt: skip
-    _ensure(code, "finishing a product")
+    ensure(code, "finishing a product")
 
 
 def _output_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -403,15 +217,14 @@ def forward(x: Tensor, weight: CudaWeight, factors: ActFactors, *, path: str = "
     y = torch.empty((tokens, weight.out_features), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y.to(dtype)
-    space = 0 if path == "fused" else tokens * (weight.padded + 8)
-    work = torch.empty(space, dtype=torch.uint8, device=x.device).data_ptr() if space else 0
-    scale = work + tokens * weight.padded
+    work = torch.empty(0 if path == "fused" else tokens * (weight.padded + 8), dtype=torch.uint8, device=x.device)  # q, scale, zero
+    q, scale = work.data_ptr(), work.data_ptr() + tokens * weight.padded
     with torch.cuda.device(x.device):
-        code = _functions().lut8_cuda_linear(
-            weight.address, x.data_ptr(), DTYPES[x.dtype], tokens, top, numbers, work, scale, scale + 4 * tokens,
-            y.data_ptr(), DTYPES[y.dtype], PATHS[path], plan.row_tiles, plan.warps, plan.flags, _stream(x.device),
+        code = functions().lut8_cuda_linear(
+            weight.address, x.data_ptr(), DTYPES[x.dtype], tokens, top, numbers, q, scale, scale + 4 * tokens,
+            y.data_ptr(), DTYPES[y.dtype], PATHS[path], plan.row_tiles, plan.warps, plan.flags, stream_of(x.device),
         )  # fmt: skip
-    _ensure(code, f"linear of {tokens} tokens with {weight.out_features} x {weight.in_features} by path {path}")
+    ensure(code, f"linear of {tokens} tokens with {weight.out_features} x {weight.in_features} by path {path}")
     return y.to(dtype)
 
 
@@ -429,14 +242,3 @@ def accumulate(q: Tensor, weight: CudaWeight, *, path: str = "auto", plan: Plan 
 def codes_in_order(tokens: CudaTokens) -> Tensor:
     """The codes of tokens as int8 `(M, in)` (tests and checks)."""
     return _reordered(tokens, False).q[:, : tokens.in_features]
-
-
-def stored(weight: CudaWeight) -> PackedWeight:
-    """The tensors of the format again, bit by bit: the layout only moves them."""
-    out, n, g = weight.out_features, weight.in_features, weight.group_size
-    words, group_codes = (None if t is None else untile_groups(t, out, count_groups(n, g)) for t in (weight.words, weight.group_codes))
-    assert weight.codes is not None
-    assert weight.row_scale is not None
-    codebook = None if weight.codebook is None else weight.codebook[: weight.entries]
-    bias = None if weight.bias is None else weight.bias[:out]
-    return PackedWeight(untile_codes(weight.codes, out, n), weight.row_scale[:out], n, g, words, group_codes, codebook, bias)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lbllm_kernels import build, cuda, cuda_layout, reference
+from lbllm_kernels import build, cuda, cuda_layout, cuda_weight, reference
 from lbllm_kernels.activation import ActFactors, quantize_activations
 from lbllm_kernels.build_cuda import source_folder
 from lbllm_kernels.format import PackedWeight, int8_weight, row_sums
@@ -44,7 +44,7 @@ def emulated(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=at)
     assert done.returncode == 0, done.stderr[:2000]
     library = ctypes.CDLL(str(at / "emulated.so"))
-    cuda._declare(library)
+    cuda_weight.declare(library)
     return library
 
 
@@ -63,7 +63,7 @@ class Weight:
             *(cuda_layout.pad_rows(t) for t in (packed.row_scale, row_sums(packed))), None if packed.bias is None else cuda_layout.pad_rows(packed.bias),
         ]  # fmt: skip
         pointers = [None if t is None else t.data_ptr() for t in self.tensors]
-        self.block = cuda._Weight(packed.out_features, n, row_tiles, k_tiles, 128 // g, 0, *pointers)
+        self.block = cuda_weight.WeightBlock(packed.out_features, n, row_tiles, k_tiles, 128 // g, 0, *pointers)
         self.address = ctypes.addressof(self.block)
 
 
