@@ -121,14 +121,14 @@ def quantize(x: Tensor, factors: ActFactors, *, path: str = "", flags: int = 0) 
 
     `path`: the product that will read the tokens (its order), by default the one that `choose_path` gives so many tokens.
     """
-    (top, numbers), x = _numbers(factors), _checked_input(x)
+    run, (top, numbers), x = functions().lut8_cuda_quantize, _numbers(factors), _checked_input(x)
     tokens, in_features = x.shape
     wgmma = (path or choose_path(tokens, is_hopper(x.device.index))).startswith("hopper")
     q = torch.empty((tokens, padded_channels(in_features)), dtype=torch.int8, device=x.device)
     scale, zero = torch.empty(tokens, dtype=torch.float32, device=x.device), torch.empty(tokens, dtype=torch.int32, device=x.device)
     if tokens:
         with torch.cuda.device(x.device):
-            code = functions().lut8_cuda_quantize(
+            code = run(
                 x.device.index, x.data_ptr(), DTYPES[x.dtype], tokens, in_features, q.shape[1], top, numbers,
                 q.data_ptr(), scale.data_ptr(), zero.data_ptr(), flags | WGMMA_ORDER * wgmma, stream_of(x.device),
             )  # fmt: skip

@@ -55,6 +55,16 @@ def test_products_use_tensor_cores_and_byte_permutations_and_no_local_memory(sas
         assert not re.search(r"\b(LDL|STL)\b", text), name
 
 
+@needs_nvcc
+@pytest.mark.skipif(not os.environ.get("LBLLM_LONG_TESTS"), reason="a minute a time; LBLLM_LONG_TESTS=1 runs it")
+@pytest.mark.parametrize("architecture", ["86", "89", "100a", "120a"])
+def test_other_architectures_compile(tmp_path, architecture):
+    folder, tool = build_cuda.source_folder(), build_cuda.compiler()
+    assert folder
+    assert tool
+    assert len(build_cuda.compile_sources(tool, folder, tmp_path, (architecture,))) == len(list(folder.glob("*.cu")))
+
+
 def test_no_nvcc_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(build_cuda, "object_path", lambda digest: tmp_path / "absent.so")
     monkeypatch.setattr(build_cuda.shutil, "which", lambda name: None)
