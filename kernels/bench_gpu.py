@@ -4,7 +4,7 @@ One script for a bare GPU machine (torch, nvcc; nothing installed): it builds th
 against the reference with fresh random inputs, and stops there with exit 1 on any difference. Then it times products of a 7B and a 70B
 model's shapes beside cuBLAS fp16 in the same run, writes results/kernels_<device>.json, and prints one table last.
 
-    --only correctness,decode,prefill,sweep,probe,sanitize,peers,model     sections, in this order (default: correctness,decode,prefill)
+    --only correctness,decode,prefill,sweep,thresholds,probe,sanitize,peers,model     sections (default: correctness,decode,prefill)
     --sanitize, --model   those sections alone
     --minutes 4        start no further measurement after so long
 
@@ -250,6 +250,28 @@ def sweep_section(clock: Clock) -> list[dict[str, Any]]:
     return made
 
 
+def thresholds_section(clock: Clock) -> list[dict[str, Any]]:
+    """Quantizer and product together by every path over M: where one path should hand over to the next."""
+    made = []
+    for n, k in ((4096, 4096), (11008, 4096), (8192, 8192)):
+        weights = weights_of(n, k, "codebook", 32)
+        for m in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384):
+            x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+            if clock.over():
+                return made
+            us = {}
+            for path in cuda.PATHS:
+                if path in ("auto", "library", "hopper") or m > cuda.MOST_TOKENS.get(path, m) or (path.startswith("hopper") and not cuda.is_hopper(0)):
+                    continue
+                if path == "fused" and m * (weights[0].padded + 16) > cuda.FUSED_BYTES:
+                    continue
+                us[path] = graph_us(rotated(weights if m <= 16 else weights[:8], lambda w, p=path, x=x: cuda.forward(x, w, FACTORS, path=p)), 7)
+            best = min(us, key=us.__getitem__)
+            made += [record("threshold", value, n, k, m, path=path, best=path == best) for path, value in us.items()]
+            clock.say(f"{n:6} x {k:5}  M={m:<4} best {best:9} " + "  ".join(f"{p} {t:.1f}" for p, t in us.items()))
+    return made
+
+
 def probe_section(clock: Clock) -> list[dict[str, Any]]:
     """A few plain calls of each kernel, for a profiler that is run around this script."""
     for (n, k), m in (((4096, 4096), 1), ((11008, 4096), 1), ((8192, 28672), 1), ((8192, 8192), 16), ((4096, 4096), 128), ((11008, 4096), 2048)):
@@ -297,7 +319,7 @@ def model_section(clock: Clock) -> list[dict[str, Any]]:
 
 SECTIONS: dict[str, Callable[[Clock], list[dict[str, Any]]]] = {
     "correctness": correctness_section, "small": functools.partial(correctness_section, small=True), "sanitize": sanitize_section,
-    "sweep": sweep_section, "decode": decode_section, "prefill": prefill_section, "peers": peers_section, "probe": probe_section, "model": model_section,
+    "sweep": sweep_section, "thresholds": thresholds_section, "decode": decode_section, "prefill": prefill_section, "peers": peers_section, "probe": probe_section, "model": model_section,
 }  # fmt: skip
 
 
@@ -376,7 +398,7 @@ def main(arguments: list[str]) -> int:
     clock.say(f"{torch.cuda.get_device_name()}, driver {driver()}, torch {torch.__version__}")
     records: list[dict[str, Any]] = []
     with torch.inference_mode():
-        if set(names) & {"decode", "prefill", "sweep", "peers", "model"}:
+        if set(names) & {"decode", "prefill", "sweep", "thresholds", "peers", "model"}:
             warm_up()
             records += bandwidth()
             clock.say("  ".join(f"{r['name']} {r['value']:.0f}" for r in records))

@@ -1,7 +1,7 @@
 // A CPU stand-in for the CUDA run-time, just large enough for the kernels of kernels/csrc/cuda: one block at a time, a fiber a thread.
 //
 // __syncthreads and the warp-wide instructions yield until everyone has arrived, so a missing or divergent barrier shows as a deadlock
-// (reported) or as wrong sums, not as luck. Threads run in order between barriers, so races inside a phase do not show.
+// (reported) or as wrong sums, not as luck. Between barriers threads run in another order each time; a race shows if that order matters.
 #pragma once
 #include <ucontext.h>
 
@@ -103,9 +103,15 @@ inline void run_block(dim3 at, dim3 size, const std::function<void()>& kernel) {
     fibers[i].uc_stack.ss_sp = stacks[i].data(), fibers[i].uc_stack.ss_size = stacks[i].size(), fibers[i].uc_link = nullptr;
     makecontext(&fibers[i], run, 0);
   }
-  while (finished < n)
-    for (unsigned i = 0; i < n; ++i)
-      if (!done[i]) thread.x = i, swapcontext(&scheduler, &fibers[i]);
+  for (unsigned round = 0; finished < n; ++round) {
+    const unsigned step = 2 * (round * 7919 % 64) + 1, first = round * 31;  // odd, so a permutation of the next power of two
+    unsigned span = 32;
+    while (span < n) span *= 2;
+    for (unsigned j = 0; j < span; ++j) {
+      const unsigned i = (first + j * step) % span;
+      if (i < n && !done[i]) thread.x = i, swapcontext(&scheduler, &fibers[i]);
+    }
+  }
 }
 
 }  // namespace emulated
