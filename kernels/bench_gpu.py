@@ -19,11 +19,10 @@ import functools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,14 @@ for folder in (ROOT, ROOT / "kernels"):
     sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
+from gpu_timing import FACTORS, SHAPES, Clock, bandwidth, dense_of, graph_us, ours_us, record, rotated, warm_up, weights_of  # noqa: E402
 from lbllm_kernels import build_cuda, cuda  # noqa: E402
-from lbllm_kernels.activation import ActFactors  # noqa: E402
-from lbllm_kernels.cuda_layout import ROW_PAD, TILE_K, count_tiles  # noqa: E402
+from tune_gpu import probe_section, sweep_section, thresholds_section  # noqa: E402
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (8192, 28672))
 DECODE_TOKENS = (1, 4, 8, 16)
 PREFILL_TOKENS = (128, 512, 2048)
 PREFILL_PATHS = ("narrow", "middle", "wide", "hopper128", "hopper256", "library")
 MODES = (("explicit", 128), ("codebook", 32), ("codebook", 16))
-FACTORS = ActFactors("piecewise")
-ROTATED_BYTES = 200 << 20
 TARGETS = {  # ratio to cuBLAS fp16 that a shape must reach, by tokens
     (4096, 4096): {1: 3.0, 4: 3.0, 8: 3.0, 16: 2.5, 128: 0.9, 512: 0.9, 2048: 1.0},
     (11008, 4096): {1: 4.0, 4: 4.0, 8: 4.0, 16: 3.0, 128: 0.9, 512: 1.0, 2048: 1.1},
@@ -51,111 +47,6 @@ TARGETS = {  # ratio to cuBLAS fp16 that a shape must reach, by tokens
     (8192, 8192): {1: 3.5, 4: 3.5, 8: 3.5, 16: 3.0, 128: 0.9, 512: 1.0, 2048: 1.1},
     (8192, 28672): {1: 4.5, 4: 4.5, 8: 4.5, 16: 3.5, 128: 1.0, 512: 1.1, 2048: 1.2},
 }
-
-
-class Clock:
-    """The time that is left for measurements."""
-
-    def __init__(self, minutes: float):
-        self.start, self.seconds = time.monotonic(), minutes * 60
-
-    def over(self) -> bool:
-        return time.monotonic() - self.start > self.seconds
-
-    def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.start:6.1f} s] {text}", flush=True)
-
-
-def graph_us(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
-    """Median time of one call in microseconds: all calls in one CUDA graph, replayed."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    for _ in range(2):
-        graph.replay()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times) * 1e3 / len(calls)
-
-
-def rotated(items: Sequence[Any], call: Callable[[Any], Any], least: int = 20) -> list[Callable[[], Any]]:
-    """At least `least` calls, going around the items."""
-    rounds = -(-least // len(items))
-    return [partial(call, item) for _ in range(rounds) for item in items]
-
-
-def random_weight(n: int, k: int, mode: str, group: int, seed: int = 0, bias: bool = False) -> cuda.CudaWeight:
-    """A weight made in the derived layout on the GPU: any 32 bits are codes. For timing; correctness packs the stored format."""
-    g = torch.Generator("cuda").manual_seed(seed)
-    row_tiles, k_tiles = count_tiles(n, k)
-    rows = n + -n % ROW_PAD
-
-    def levels(*shape: int) -> torch.Tensor:
-        return torch.randint(-127, 128, (*shape, 4), generator=g, dtype=torch.int8, device="cuda").view(torch.int32).squeeze(-1)
-
-    codes = torch.randint(-(2**31), 2**31 - 1, (row_tiles, k_tiles, 32, 4), generator=g, dtype=torch.int32, device="cuda")
-    groups = (row_tiles, k_tiles, 8, TILE_K // group, 2)
-    words = levels(*groups) if mode == "explicit" else None
-    group_codes = torch.randint(0, 256, groups, generator=g, dtype=torch.uint8, device="cuda") if mode == "codebook" else None
-    codebook = levels(256) if mode == "codebook" else None
-    scale = torch.rand(rows, generator=g, device="cuda") * 1e-3 + 1e-4
-    sums = torch.zeros(rows, dtype=torch.int32, device="cuda")
-    weight = cuda.CudaWeight.from_layout(k, n, group, codes, words, group_codes, codebook, scale, sums, torch.randn(rows, device="cuda") if bias else None)
-    sums[:n] = cuda.accumulate(torch.ones((1, k), dtype=torch.int8, device="cuda"), weight)[0]
-    return weight
-
-
-def weights_of(n: int, k: int, mode: str, group: int) -> list[cuda.CudaWeight]:
-    first = random_weight(n, k, mode, group)
-    return [first, *(random_weight(n, k, mode, group, seed) for seed in range(1, -(-ROTATED_BYTES // first.bytes())))]
-
-
-def dense_of(n: int, k: int) -> list[torch.Tensor]:
-    return [torch.randn(n, k, dtype=torch.float16, device="cuda") for _ in range(max(2, -(-ROTATED_BYTES // (2 * n * k))))]
-
-
-def warm_up() -> None:
-    """A second of matrix products: clocks up, handles made."""
-    a = torch.randn(4096, 4096, dtype=torch.float16, device="cuda")
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        for _ in range(50):
-            a @ a
-        torch.cuda.synchronize()
-
-
-def bandwidth() -> list[dict[str, Any]]:
-    """Device copy, bytes read plus bytes written, and the fp16 product rate, in this run."""
-    source = torch.randint(-128, 127, (1 << 30,), dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    copy = graph_us([lambda: target.copy_(source)] * 4, 5)
-    a, b = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))
-    dense = graph_us([lambda: a @ b] * 2, 5)
-    return [
-        {"name": "copy_gb_s", "value": 2 * source.numel() / copy / 1e3, "unit": "GB/s"},
-        {"name": "fp16_tflop_s", "value": 2 * 8192**3 / dense / 1e6, "unit": "TFLOP/s"},
-    ]
-
-
-def record(op: str, us: float, n: int, k: int, m: int, **context: Any) -> dict[str, Any]:
-    return {"name": "kernel_us", "value": us, "unit": "us", "op": op, "n": n, "k": k, "m": m, **context}
-
-
-def ours_us(weights: list[cuda.CudaWeight], x: torch.Tensor, path: str = "", plan: cuda.Plan = cuda.DEFAULT_PLAN) -> float:
-    return graph_us(rotated(weights, lambda w: cuda.forward(x, w, FACTORS, path=path, plan=plan)))
 
 
 def decode_section(clock: Clock) -> list[dict[str, Any]]:
@@ -224,65 +115,6 @@ def prefill_section(clock: Clock) -> list[dict[str, Any]]:
     return made
 
 
-def sweep_section(clock: Clock) -> list[dict[str, Any]]:
-    """How decode launches should be cut: every plan for every shape, the best three printed."""
-    made = []
-    for n, k in SHAPES:
-        for mode, group in MODES[:2]:
-            weights = weights_of(n, k, mode, group)
-            for m in (1, 2, 4, 8, 16):
-                if clock.over():
-                    return made
-                x = torch.randn(m, k, dtype=torch.float16, device="cuda")
-                found = {}
-                for path in ("fused", "decode") if m <= 4 else ("decode",):
-                    for rows in (1, 2, 3, 4) if m <= 8 else (1, 2, 3):
-                        for warps in (4, 8, 12, 16):
-                            for flags in (0, 1, 3) if path == "decode" else (0, 2):
-                                plan = cuda.Plan(rows, warps, flags)
-                                found[(path, rows, warps, flags)] = graph_us(rotated(weights, lambda w, p=path, q=plan, x=x: cuda.forward(x, w, FACTORS, path=p, plan=q)), 7)
-                order = sorted(found, key=found.__getitem__)
-                made += [record("sweep", us, n, k, m, group_size=group, level_mode=mode, plan=list(plan)) for plan, us in found.items()]
-                for wanted in {plan[3] for plan in found}:
-                    best = [p for p in order if p[3] == wanted][:3]
-                    clock.say(f"{n:6} x {k:5}  M={m:<3} {mode:8} flags={wanted} " + "   ".join(f"{p[0]} r{p[1]} w{p[2]} {found[p]:.2f}" for p in best))
-            del weights
-    return made
-
-
-def thresholds_section(clock: Clock) -> list[dict[str, Any]]:
-    """Quantizer and product together by every path over M: where one path should hand over to the next."""
-    made = []
-    for n, k in ((4096, 4096), (11008, 4096), (8192, 8192)):
-        weights = weights_of(n, k, "codebook", 32)
-        for m in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384):
-            x = torch.randn(m, k, dtype=torch.float16, device="cuda")
-            if clock.over():
-                return made
-            us = {}
-            for path in cuda.PATHS:
-                if path in ("auto", "library", "hopper") or m > cuda.MOST_TOKENS.get(path, m) or (path.startswith("hopper") and not cuda.is_hopper(0)):
-                    continue
-                if path == "fused" and m * (weights[0].padded + 16) > cuda.FUSED_BYTES:
-                    continue
-                us[path] = graph_us(rotated(weights if m <= 16 else weights[:8], lambda w, p=path, x=x: cuda.forward(x, w, FACTORS, path=p)), 7)
-            best = min(us, key=us.__getitem__)
-            made += [record("threshold", value, n, k, m, path=path, best=path == best) for path, value in us.items()]
-            clock.say(f"{n:6} x {k:5}  M={m:<4} best {best:9} " + "  ".join(f"{p} {t:.1f}" for p, t in us.items()))
-    return made
-
-
-def probe_section(clock: Clock) -> list[dict[str, Any]]:
-    """A few plain calls of each kernel, for a profiler that is run around this script."""
-    for (n, k), m in (((4096, 4096), 1), ((11008, 4096), 1), ((8192, 28672), 1), ((8192, 8192), 16), ((4096, 4096), 128), ((11008, 4096), 2048)):
-        weight, x = random_weight(n, k, "codebook", 32), torch.randn(m, k, dtype=torch.float16, device="cuda")
-        for _ in range(3):
-            cuda.forward(x, weight, FACTORS)
-        torch.cuda.synchronize()
-        clock.say(f"probe {n} x {k}, M={m}")
-    return []
-
-
 def sanitize_section(clock: Clock) -> list[dict[str, Any]]:
     """The small correctness set again under compute-sanitizer: memcheck, then racecheck. Raises on any finding."""
     for tool in ("memcheck", "racecheck"):
@@ -308,7 +140,7 @@ def correctness_section(clock: Clock, small: bool = False) -> list[dict[str, Any
 def peers_section(clock: Clock) -> list[dict[str, Any]]:
     from bench_peers import measure
 
-    return list(measure(clock, SHAPES, DECODE_TOKENS + PREFILL_TOKENS, dense_of, rotated, graph_us, record))
+    return list(measure(clock, DECODE_TOKENS + PREFILL_TOKENS))
 
 
 def model_section(clock: Clock) -> list[dict[str, Any]]:

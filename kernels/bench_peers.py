@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from gpu_timing import SHAPES, Clock, dense_of, graph_us, record, rotated
 
 GROUP = 128
 COPIES = 8
@@ -50,9 +51,9 @@ def humming_layers(n: int, k: int) -> list[Any]:
 PEERS: dict[str, Callable[[int, int], list[Any]]] = {"gemlite_a16w2": gemlite_layers, "humming_w2": humming_layers}
 
 
-def measure(clock: Any, shapes: Any, tokens: Any, dense_of: Any, rotated: Any, graph_us: Any, record: Any) -> Iterator[dict[str, Any]]:
+def measure(clock: Clock, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
     """Records of each peer for each shape and number of tokens, cuBLAS fp16 beside them."""
-    for n, k in shapes:
+    for n, k in SHAPES:
         dense = dense_of(n, k)[:4]
         base = {}
         for m in tokens:
