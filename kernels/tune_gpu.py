@@ -22,7 +22,7 @@ def sweep_section(clock: Clock) -> list[dict[str, Any]]:
                     return made
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
                 found = {}
-                for path in ("fused", "decode") if m <= 4 else ("decode",):
+                for path in ("fused", "decode") if m <= 8 and m * (weights[0].padded + 16) <= cuda.FUSED_BYTES else ("decode",):
                     for rows in (1, 2, 3, 4) if m <= 8 else (1, 2, 3):
                         for warps in (4, 8, 12, 16):
                             for flags in (0, 1, 3) if path == "decode" else (0, 2):

@@ -120,7 +120,7 @@ def test_many_token_sums_are_exact(emulated, path, m, n, mode, group):
     assert torch.equal(sums(emulated, packed, q, path), reference.accumulate(q, packed))
 
 
-@pytest.mark.parametrize(("path", "m"), [("fused", 1), ("fused", 3), ("decode", 1), ("decode", 12), ("narrow", 20), ("hopper", 20)])
+@pytest.mark.parametrize(("path", "m"), [("fused", 1), ("fused", 3), ("fused", 8), ("decode", 1), ("decode", 12), ("narrow", 20), ("hopper", 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("n", "factors"), [(136, PIECEWISE), (50, ActFactors("uniform")), (300, ActFactors("piecewise"))])
 def test_outputs_are_equal(emulated, path, m, dtype, n, factors):

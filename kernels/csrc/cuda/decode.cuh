@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(Lut8CudaWeigh
 
   const int stride = kFused ? padded + 16 : padded;
   if (kFused) {
-    for (int m = 0; m < t.m; ++m) {
+    const int together = min(kTogether, warps);
+    for (int m = 0; m < t.m; m += together) {
       if (m) __syncthreads();
-      const ScaleZero r = quantize_token(t.x, t.x_type, m, w.in, padded, t.factors, fused_q + m * stride, scratch);
-      if (tid == 0) token_scale[m] = r.scale, token_zero[m] = static_cast<int>(r.zero);
+      quantize_tokens(t.x, t.x_type, m, min(together, t.m - m), w.in, padded, t.factors, fused_q + m * stride, stride, token_scale + m, token_zero + m, scratch);
     }
   } else if (tid < t.m && !o.acc) {
     token_scale[tid] = t.scale[tid], token_zero[tid] = t.zero[tid];

@@ -10,8 +10,7 @@ __global__ void __launch_bounds__(512) quantize_kernel(Tokens t, int in, int pad
   let_next_start();
   wait_for_previous();
   const int64_t row = blockIdx.x;
-  const ScaleZero r = quantize_token(t.x, t.x_type, row, in, padded, t.factors, q + row * padded, scratch, wgmma_order);
-  if (threadIdx.x == 0) scale[row] = r.scale, zero[row] = static_cast<int32_t>(r.zero);
+  quantize_tokens(t.x, t.x_type, row, 1, in, padded, t.factors, q + row * padded, 0, scale + row, zero + row, scratch, wgmma_order);
 }
 
 }  // namespace
