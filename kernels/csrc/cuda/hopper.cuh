@@ -23,12 +23,11 @@ struct HopperShape {
 template <int kN>
 __device__ __forceinline__ void load_hopper_stage(const Lut8CudaWeight& w, const Tokens& t, int first_token, int k_tile, uint32_t stage) {
   const int64_t stride = w.k_tiles * kTileK;
+  const int chunk = threadIdx.x % 8, token = threadIdx.x / 8;
+  const int8_t* q = t.q + k_tile * kTileK + chunk * 16;
+  stage += token * kTileK + ((chunk ^ (token & 7)) * 16);
 #pragma unroll
-  for (int i = threadIdx.x; i < kN * 8; i += 256) {
-    const int token = i / 8, chunk = i % 8;
-    const int64_t row = min(first_token + token, t.m - 1);
-    copy_async(stage + token * kTileK + ((chunk ^ (token & 7)) * 16), t.q + row * stride + k_tile * kTileK + chunk * 16);
-  }
+  for (int j = 0; j < kN; j += 32) copy_async(stage + j * kTileK, q + min(first_token + token + j, t.m - 1) * stride);
 }
 
 // One k tile's A registers, [step][register]. The codes are pinned first: nothing of this moves above the wait before it.

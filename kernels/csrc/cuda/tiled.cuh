@@ -24,15 +24,17 @@ struct Shape {
 // Step `step` of the activations into its stage. Tokens beyond the last repeat it; k tiles beyond the last are left alone.
 template <class S>
 __device__ __forceinline__ void load_stage(const Lut8CudaWeight& w, const Tokens& t, int first_token, int step, uint32_t stage) {
-  constexpr int chunks = S::kStageBytes / 16;
+  static_assert(S::kThreads == 256 && S::kBlockTokens % 32 == 0);
   const int64_t stride = w.k_tiles * kTileK;
+  const int chunk = threadIdx.x % 8, token = threadIdx.x / 8;
+  const int8_t* q = t.q + step * S::kKWarps * kTileK + chunk * 16;
+  stage += chunk_offset(token, chunk);
 #pragma unroll
-  for (int i = threadIdx.x; i < chunks; i += S::kThreads) {
-    const int part = i / (S::kBlockTokens * 8), token = i / 8 % S::kBlockTokens, chunk = i % 8, k_tile = step * S::kKWarps + part;
-    if (k_tile < w.k_tiles) {
-      const int64_t row = min(first_token + token, t.m - 1);
-      copy_async(stage + part * S::kBlockTokens * kTileK + chunk_offset(token, chunk), t.q + row * stride + k_tile * kTileK + chunk * 16);
-    }
+  for (int part = 0; part < S::kKWarps; ++part) {
+    if (step * S::kKWarps + part >= w.k_tiles) break;
+#pragma unroll
+    for (int j = 0; j < S::kBlockTokens; j += 32)
+      copy_async(stage + (part * S::kBlockTokens + j) * kTileK, q + part * kTileK + min(first_token + token + j, t.m - 1) * stride);
   }
 }
 
