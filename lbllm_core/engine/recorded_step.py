@@ -72,6 +72,7 @@ class RecordedStep:
             for _ in range(WARM_UP):
                 self._plain(self.buffers)
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()  # the graph allocates from a pool of its own
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = self._plain(self.buffers)

@@ -87,11 +87,11 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` when tracked files differ from it; empty outside a checkout."""
+    """The checkout's commit, with `+` when tracked files differ from it; outside a checkout, LBLLM_COMMIT or nothing."""
     here = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("LBLLM_COMMIT", "")
     return head + ("+" if changed else "")
