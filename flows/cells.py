@@ -18,13 +18,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flows.compose import compose, groups
-from flows.sweep_record import LONGEST_NAME, NAME, name_problem
+from flows.sweep_record import name_problem
 from lbllm_core.config import RunConfig
 from lbllm_core.errors import ConfigError
 from lbllm_core.overrides import closest
 from tasks.tracking import row_digest
 
 SETS: Mapping[str, str] = {"ablations": "ablation_", "paper": "paper_"}  # word -> how the names of its experiments begin
+READABLE = 60  # letters of a name that the words make
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,13 @@ def cells(request: Request) -> tuple[str, tuple[Cell, ...]]:
 
 
 def default_name(request: Request) -> str:
-    """`smollm2_135m+tiny--embedded--0+1`: the words in alphabetical order; what does not fit ends as a digest."""
-    groups_of_words = [sorted(request.models), sorted(request.experiments), sorted(request.seeds), list(request.overrides)]
-    parts = [re.sub(r"[^A-Za-z0-9._+=-]+", "_", "+".join(group)) for group in groups_of_words if group]
-    name = "--".join(parts).replace("..", "_").lstrip("._+=-") or "sweep"
-    exact = all(NAME.fullmatch(word) and "+" not in word for group in groups_of_words for word in group)
-    if exact and len(name) <= LONGEST_NAME:
+    """`smollm2_135m+tiny--embedded--0+1`: the words in alphabetical order; overrides, and what is too long, as a digest."""
+    asked = [sorted(request.models), sorted(request.experiments), sorted(request.seeds)]
+    name = "--".join(re.sub(r"[^A-Za-z0-9_+-]+", "_", "+".join(group)) for group in asked if group).lstrip("_+-") or "sweep"
+    if len(name) <= READABLE and not request.overrides:
         return name
-    digest = hashlib.sha256(repr(groups_of_words).encode()).hexdigest()[:8]
-    return f"{name[: LONGEST_NAME - 10]}--{digest}"
+    digest = hashlib.sha256(repr((asked, request.overrides)).encode()).hexdigest()[:8]
+    return f"{name[:READABLE]}--{digest}"
 
 
 def _unknown(variable: str, given: Iterable[str], known: Sequence[str], where: str) -> list[str]:

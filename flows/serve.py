@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from typing import cast
 
 from prefect import serve
 from prefect.automations import Automation
 from prefect.client.schemas.objects import StateType
+from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 
@@ -53,7 +55,7 @@ def main() -> None:
     watch_heartbeats()
     pipeline = lbllm.to_deployment("full-pipeline", description=(lbllm.__doc__ or "").strip())
     sweep = lbllm_sweep.to_deployment("sweep", description=(lbllm_sweep.__doc__ or "").strip())
-    serve(pipeline, sweep, print_starting_message=False)
+    serve(*cast("list[RunnerDeployment]", [pipeline, sweep]), print_starting_message=False)  # outside of a loop they are no coroutines
 
 
 if __name__ == "__main__":

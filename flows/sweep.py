@@ -11,7 +11,7 @@ the failed ones failed and what to do, and where to look in MLflow.
 The same words mean the same sweep, so the same command goes on after a kill. One process works on a sweep at a time. The
 Prefect runs of a sweep carry its name as a tag, and one whose process is gone is marked as crashed at once.
 
-Exit codes: 0, 1 when a cell failed, 2 for wrong words (nothing was started), 130 when interrupted.
+Exit codes: 0, 1 when a cell failed, 2 for wrong words (nothing was started), 130 when interrupted, 143 when terminated.
 """
 
 from __future__ import annotations
@@ -165,9 +165,8 @@ class _Sweep:
         self.record = replace(self.record, seconds_left=0.0)
         write_record(self.home, self.record)
         self.show("\n" + plain(end_table(self.record, self.home)))
-        for cell in self.record.cells:
-            if cell.state == "failed":
-                self.show(f"{cell.title} failed: {cell.reason}" + (f"\n  its log: {cell.log}" if cell.log and cell.log not in cell.reason else ""))
+        for sentence in failures(self.record):
+            self.show(sentence)
         rows = compare.read_rows(self.home, self.name)
         if rows:
             experiment = rows[0].link.partition("/experiments/")[2].partition("/")[0]
@@ -207,6 +206,19 @@ def end_table(record: SweepRecord, home: Path) -> Cells:
         figures = final_figures(home, cell.digest) if cell.state in ("finished", "reused") else ["", "", ""]
         lines.append([cell.title, cell.state, f"{cell.minutes:.1f}" if cell.minutes else "", *figures])
     return lines
+
+
+def failures(record: SweepRecord) -> list[str]:
+    """Why cells failed, each reason once, with the cells it stopped and their logs."""
+    found: dict[str, list[CellRecord]] = {}
+    for cell in record.cells:
+        if cell.state == "failed":
+            found.setdefault(cell.reason, []).append(cell)
+    sentences = []
+    for reason, cells_of in found.items():
+        logs = "".join(f"\n  its log: {cell.log}" for cell in cells_of if cell.log and cell.log not in reason)
+        sentences.append(f"Failed: {', '.join(cell.title for cell in cells_of)}\n  {reason}{logs}")
+    return sentences
 
 
 def final_figures(home: Path, digest: str) -> list[str]:
@@ -276,9 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         print("\ninterrupted; finished blocks and steps are kept, the same command goes on from there", file=sys.stderr)
-        return 130
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
     return 1 if any(cell.state == "failed" for cell in record.cells) else 0
 
 

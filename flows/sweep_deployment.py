@@ -8,25 +8,21 @@ name. The run fails, and `--watch` with it, when a cell failed.
 
 from __future__ import annotations
 
-import logging
-
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
 from flows.cells import Request
-from flows.sweep import SweepError, end_table, run_sweep
+from flows.sweep import SweepError, end_table, failures, run_sweep
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.report.tables import markdown
 from tasks.step import prepare_logging
-
-log = logging.getLogger(__name__)
 
 
 def run_name() -> str:
     """What a sweep is called on Prefect's page: its name, or its words."""
     chosen = flow_run.parameters
-    words = [str(word) for key in ("models", "experiments", "seeds", "overrides") for word in chosen.get(key) or ()]
+    words = [str(word) for key in ("models", "experiments", "seeds") for word in chosen.get(key) or ()]
     return str(chosen.get("sweep") or " ".join(words))[:200] or "sweep"
 
 
@@ -40,16 +36,18 @@ def lbllm_sweep(
 ) -> list[list[str]]:
     """Run models x experiments x seeds, only what is missing. Returns the end's table; fails when a cell failed."""
     prepare_logging()
+    log = get_run_logger()
     home = home_folder()
     first, second, third, fourth = (tuple(dict.fromkeys(map(str, given or ()))) for given in (models, experiments, seeds, overrides))
     record = run_sweep(Request(first, second, third, fourth, sweep), home, log.info, log.info)
     table = end_table(record, home)
-    failures = [f"{cell.title}: {cell.reason}" for cell in record.cells if cell.state == "failed"]
-    text = markdown(table) + "".join(f"\n- {failure}" for failure in failures)
+    failed = failures(record)
+    text = markdown(table) + "".join(f"\n- {sentence}" for sentence in failed)
     try:
         create_markdown_artifact(markdown=text, key="sweep", description=record.name)
     except Exception:
         log.warning("the table of the sweep could not be put on Prefect's page; `make compare SWEEP=%s` shows it", record.name)
-    if failures:
-        raise SweepError(f"{len(failures)} of {len(record.cells)} cells failed. " + "; ".join(failures))
+    if failed:
+        count = sum(cell.state == "failed" for cell in record.cells)
+        raise SweepError(f"{count} of {len(record.cells)} cells failed\n" + "\n".join(failed))
     return table

@@ -123,11 +123,12 @@ def teacher_table(rows: Sequence[RunRow]) -> Cells:
 
 
 def differences(rows: Sequence[RunRow], title: Callable[[RunRow], str] = lambda row: row.title) -> Cells:
-    """The fields in which the runs differ, as columns; only the head when they differ in nothing."""
-    names = sorted({name for row in rows for name in row.fields})
+    """The fields in which the runs differ, as columns; only the head when they differ in nothing. Cells without a run are left out."""
+    begun = [row for row in rows if row.run_id]
+    names = sorted({name for row in begun for name in row.fields})
     named = [n for n in names if n in TOLD_ANYWAY or not any(n == word or (word.endswith(".") and n.startswith(word)) for word in NAMED)]
-    moved = [n for n in named if len({row.text(n) for row in rows if row.fields}) > 1]
-    return [["run", *moved], *([[title(row), *(row.text(n) for n in moved)] for row in rows] if moved else [])]
+    moved = [n for n in named if len({row.text(n) for row in begun}) > 1]
+    return [["run", *moved], *([[title(row), *(row.text(n) for n in moved)] for row in begun] if moved else [])]
 
 
 def lineage_table(rows: Sequence[RunRow], title: Callable[[RunRow], str] = lambda row: row.title) -> Cells:
