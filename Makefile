@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test up down status config lint kernels tables clean
 
-.PHONY: sweep sweep-status sweep-retry compare
+.PHONY: sweep sweep-status sweep-retry compare screenshots
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ down: $(STAMP) ## stop what `make up` started
 
 status: $(STAMP) ## what of it runs, and where
 	@$(PY) -m flows.launch status
+
+screenshots: $(STAMP) ## pictures of a sweep in MLflow and Prefect, into docs/pictures: SWEEP=name (needs chromium and chromium-driver)
+	@$(PY) tests/e2e/screenshots.py '$(SWEEP)'
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(PY) -m ruff check .

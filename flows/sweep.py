@@ -38,7 +38,7 @@ from lbllm_core.engine.terminal import duration
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.forecast import Forecast, Forecaster
 from lbllm_core.report.tables import Cells, plain
-from tasks.tracking import share_columns
+from tasks.tracking import close_rows, share_columns
 
 Show = Callable[[str], None]
 
@@ -126,9 +126,7 @@ class _Sweep:
 
     def _work(self, waiting: Sequence[int], port: int) -> None:
         url = f"http://{servers.HOST}:{port}/api"
-        left_over = prefect_runs.mark_crashed(url, self.name, "the process of this run is gone")
-        if left_over:
-            self.show(f"{left_over} runs of an earlier attempt were marked as crashed in Prefect")
+        self._close(url, "the process of this run is gone")
         for place, index in enumerate(waiting):
             self._announce(place, waiting)
             self._note(index, state="running", log=str(self._log(index)))
@@ -136,7 +134,7 @@ class _Sweep:
                 end = run_cell(self.found[index].overrides, servers.environment(self.home, port), self._log(index), self._prefixed(index))
             except BaseException:
                 self._note(index, state="stopped", reason="interrupted; the same command goes on from its finished blocks")
-                prefect_runs.mark_crashed(url, self.name, "interrupted")
+                self._close(url, "interrupted")
                 raise
             self._ended(index, end, url)
 
@@ -154,11 +152,16 @@ class _Sweep:
         cell = self.found[index]
         self._note(index, state="failed" if end.reason else "finished", reason=end.reason, minutes=end.seconds / 60)
         if end.reason:
-            prefect_runs.mark_crashed(url, self.name, end.reason)
+            self._close(url, end.reason)
             self.show(f"{cell.title} failed after {duration(end.seconds)}: {end.reason}")
             return
         built = sum(step["minutes"] for step in end.result["steps"] if not step["reused"]) * 60
         self.overheads.append(max(0.0, end.seconds - built))
+
+    def _close(self, url: str, reason: str) -> None:
+        """No cell runs now: whatever Prefect and MLflow still call running was killed."""
+        prefect_runs.mark_crashed(url, self.name, reason)
+        close_rows(self.home, self.name, reason)
 
     def _tell(self) -> None:
         """The last words: a table, failures with their remedies, and where to look."""

@@ -235,6 +235,29 @@ def _find_or_create(client: Any, entries: Entries, home: Path) -> str:
     return str(made.info.run_id)
 
 
+def close_rows(home: Path, sweep: str, reason: str) -> int:
+    """End the rows of a sweep that still say they run, when the caller knows that none of its processes lives; returns how many.
+
+    A process that was killed could not do it. The row goes on when its configuration runs again.
+    """
+    if not (home / "mlflow.db").exists():
+        return 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store_uri(home))
+    try:
+        _probe(home / "mlflow.db")
+        wanted = f"tags.`lbllm.sweep` = '{sweep}' and attributes.status = 'RUNNING'"
+        rows = client.search_runs([e.experiment_id for e in client.search_experiments()], wanted)
+        for row in rows:
+            client.set_tag(row.info.run_id, "lbllm.error", reason[:4000])
+            client.set_terminated(row.info.run_id, "KILLED")
+    except Exception as error:
+        log.warning("MLflow's store did not take the end of a run of the sweep %s (%s)", sweep, _brief(error))
+        return 0
+    return len(rows)
+
+
 def share_columns(home: Path, experiment_id: str, sweep: str) -> str:
     """A view of MLflow's run table with the columns that matter and only this sweep's runs, as the key of its address.
 
