@@ -24,7 +24,7 @@ from typing import Any
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars")
 WAIT_SECONDS = 60.0
-BACKSPACE, ESCAPE = "\ue003", "\ue00c"  # keys as the protocol names them
+ESCAPE = "\ue00c"  # the key as the protocol names it
 
 
 class BrowserError(Exception):

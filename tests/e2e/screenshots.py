@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from browser import BACKSPACE, ESCAPE, Browser, BrowserError, browser
+from browser import ESCAPE, Browser, BrowserError, browser
 
 from flows import compare, servers
 from flows.sweep_record import checked_name, latest_record
@@ -64,7 +64,6 @@ def compare_page(page: Browser, home: Path, rows: list[RunRow], folder: Path) ->
         page.type(name)
         time.sleep(0.7)  # the list of suggestions follows the typing
         page.press(f"//div[contains(@class, 'select-item-option') and @title='{name}']")
-        page.type(BACKSPACE * len(name))
     page.type(ESCAPE)
     page.click("Parameters - Show diff only")
     page.picture(folder / "mlflow-compare.png", settle=3)
