@@ -1,7 +1,7 @@
 """The cells of a sweep: models x experiments x seeds, from words to checked configurations.
 
 A cell is one run of the flow. Words are the files of `conf/`; two of them stand for many: `ablations` for every experiment
-whose name begins with `ablation_`, `paper` for every `paper_*` (with MODELS given: those of these models, because a row of
+whose name begins with `ablation_`, `paper` for every `paper_*` but its recipe (with MODELS given: those of these models, because a row of
 the paper belongs to its model). Without EXPERIMENTS each model gets its own default, as in `make run`; without MODELS each
 experiment keeps its own model. Where both are given they compose as overrides do: the model's file wins over the one that the
 experiment names, the experiment's single values stay.
@@ -25,6 +25,7 @@ from lbllm_core.overrides import closest
 from tasks.tracking import row_digest
 
 SETS: Mapping[str, str] = {"ablations": "ablation_", "paper": "paper_"}  # word -> how the names of its experiments begin
+RECIPE = "_recipe"  # a file that others are made from is no row of its own
 READABLE = 60  # letters of a name that the words make
 
 
@@ -115,7 +116,7 @@ def _pairs(models: Sequence[str], experiments: Sequence[str], known: Sequence[st
     """(model, experiment) of every cell, a model's cells together; an empty word leaves the choice to the other."""
     members: dict[str, list[str]] = {}
     for word in experiments:
-        members[word] = [name for name in known if name.startswith(SETS[word])] if word in SETS else [word]
+        members[word] = [name for name in known if name.startswith(SETS[word]) and not name.endswith(RECIPE)] if word in SETS else [word]
         if not members[word]:
             problems.append(f"EXPERIMENTS: {word!r} stands for the files {SETS[word]}* of conf/experiment, and there are none")
     pairs = []

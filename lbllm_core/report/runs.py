@@ -14,7 +14,8 @@ from typing import Any
 
 from lbllm_core.report.tables import Cells, is_accuracy, stderr_name
 
-NAMED = ("experiment", "seed", "model.", "scheme.name", "dataset.name", "tracking.")  # told by the columns of the first table
+# told by the columns of the first table, or part of no result
+NAMED = ("experiment", "seed", "model.", "scheme.name", "dataset.name", "tracking.", "evaluation.expected", "evaluation.tolerance", "evaluation.source")
 TOLD_ANYWAY = ("model.blocks",)
 
 
@@ -78,16 +79,16 @@ def measured(rows: Sequence[RunRow]) -> list[str]:
 
 
 def expected_value(row: RunRow, name: str) -> float | None:
-    """What the experiment's file expects of the final model, when it says so."""
+    """What the run's configuration expects of the final model (`evaluation.expected: {final/name: value}`), when it says so."""
     table = row.fields.get("evaluation.expected")
-    value = table.get(name) if isinstance(table, Mapping) else None
+    value = table.get(f"final/{name}") if isinstance(table, Mapping) else None
     return float(value) if isinstance(value, (int, float)) else None
 
 
 def run_table(rows: Sequence[RunRow], title: Callable[[RunRow], str] = lambda row: row.title) -> Cells:
     """One line a run: who it is, how far it got, bits, each figure with its standard error and recovery, size, speed, minutes.
 
-    Columns that no run has a value for are left out; a column of expected values has one of differences beside it.
+    Columns that no run has a value for are left out; a column of expected values has one of relative differences beside it.
     """
     columns: list[tuple[str, list[str]]] = [
         ("run", [title(row) for row in rows]),
@@ -100,8 +101,8 @@ def run_table(rows: Sequence[RunRow], title: Callable[[RunRow], str] = lambda ro
         columns.append((name, [_figure(row, name) for row in rows]))
         wanted = [expected_value(row, name) for row in rows]
         if any(w is not None for w in wanted):
-            columns.append((f"{name} expected", [_number(w, "{:.3g}") for w in wanted]))
-            columns.append(("difference", [_difference(row.value(name), w) for row, w in zip(rows, wanted, strict=True)]))
+            columns.append((f"{name} expected", [_number(w, "{:.4g}") for w in wanted]))
+            columns.append(("delta", [_delta(row.value(name), w) for row, w in zip(rows, wanted, strict=True)]))
     columns += [
         ("MB on disk", [_number(row.figures.get("size/disk_mb"), "{:.1f}") for row in rows]),
         ("decode, tokens/s", [_number(row.figures.get("speed/decode_tok_s"), "{:.1f}") for row in rows]),
@@ -160,8 +161,8 @@ def _with_error(value: float | None, error: float | None, name: str) -> str:
     return _number(value, form) + (f" ± {form.format(error)}" if value is not None and error is not None else "")
 
 
-def _difference(value: float | None, wanted: float | None) -> str:
-    return "" if value is None or wanted is None else f"{value - wanted:+.3g}"
+def _delta(value: float | None, wanted: float | None) -> str:
+    return "" if value is None or not wanted else f"{(value - wanted) / wanted:+.1%}"
 
 
 def _number(value: float | None, form: str) -> str:
