@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+LINE_POINTS = 9.5  # height of a label, in points
 COLOURS = ("#4c566a", "#b0403a", "#d08a3e", "#3a7ca5", "#4f8f5b", "#7b5ea7")
 
 
@@ -120,28 +121,51 @@ def _scatter(measured: Sequence[Mapping[str, Any]], protocol: str, path: Path) -
         for teacher in sorted({float(p["teacher"]) for p in own if p["teacher"]}):
             axes.axhline(teacher, color=colour, linewidth=1, linestyle="--")
             axes.annotate(f"{model}, teacher {teacher:.3g}", (1, teacher), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8, color=colour)
-    _label_points(axes, measured, models)
     axes.set_xlabel("bits a weight, everything counted")
     axes.set_ylabel("perplexity")
     axes.set_title(f"{protocol}: perplexity against effective bits", fontsize=10)
-    axes.margins(x=0.18, y=0.12)
+    axes.margins(x=0.08, y=0.12)
+    _label_points(figure, axes, measured)
     return _save(figure, path)
 
 
-def _label_points(axes: Any, measured: Sequence[Mapping[str, Any]], models: Sequence[str]) -> None:
-    """Write each point's name beside it; points at one place share a label (several seeds), neighbours go to alternate sides."""
+def _label_points(figure: Any, axes: Any, measured: Sequence[Mapping[str, Any]]) -> None:
+    """Write each point's name beside it, towards the middle; names that would overlap are moved apart and tied by a thin line."""
+    figure.draw_without_rendering()  # fixes the layout, so that data have a place on the page
     places: dict[tuple[float, float], list[str]] = {}
     for p in measured:
         places.setdefault((float(p["bits"]), float(p["value"])), []).append(str(p["title"]).removeprefix(f"{p['model']} "))
-    for index, ((bits, value), titles) in enumerate(sorted(places.items())):
-        left = index % 2 == 1
-        axes.annotate(", ".join(titles), (bits, value), xytext=(-7 if left else 7, 0), textcoords="offset points", ha="right" if left else "left", va="center", fontsize=7.5)
+    points = {place: axes.transData.transform(place) * 72 / figure.dpi for place in places}
+    middle = sum(axes.get_window_extent().intervalx) / 2 * 72 / figure.dpi
+    for side in ("left", "right"):
+        own = sorted((place for place in places if (points[place][0] <= middle) == (side == "left")), key=lambda place: float(points[place][1]))
+        for place, height in zip(own, apart([float(points[place][1]) for place in own], LINE_POINTS), strict=True):
+            shift = height - float(points[place][1])
+            tie = {"arrowstyle": "-", "color": "#9aa3b2", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if abs(shift) > 2 else None
+            offset, align = ((12, "left") if side == "left" else (-12, "right")) if tie else ((7, "left") if side == "left" else (-7, "right"))
+            axes.annotate(", ".join(places[place]), place, xytext=(offset, shift), textcoords="offset points", ha=align, va="center", fontsize=7.5, arrowprops=tie)
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as it takes to lie `gap` apart: what is too close becomes a block around its mean."""
+    blocks: list[list[float]] = []
+    for height in heights:
+        blocks.append([height])
+        while len(blocks) > 1 and _spread(blocks[-1], gap)[0] - _spread(blocks[-2], gap)[-1] < gap:
+            last = blocks.pop()
+            blocks[-1] += last
+    return [height for block in blocks for height in _spread(block, gap)]
+
+
+def _spread(block: Sequence[float], gap: float) -> list[float]:
+    lowest = sum(block) / len(block) - gap * (len(block) - 1) / 2
+    return [lowest + gap * i for i in range(len(block))]
 
 
 def _readable_log_axis(axes: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lbllm_core.report.plots import perplexity_against_bits, table_picture
+from lbllm_core.report.plots import apart, perplexity_against_bits, table_picture
 from lbllm_core.report.runs import RunRow, differences, lineage_table, measured, pareto, run_table, teacher_table
 
 FIELDS = {"model.name": "m", "experiment": "embedded", "scheme.name": "w1p1a4", "scheme.weight_bits": 2, "seed": 0, "end_to_end.steps": 4, "model.path": "x"}
@@ -77,6 +77,14 @@ def test_teachers_and_lineage() -> None:
 def test_pareto_keeps_what_nobody_beats() -> None:
     assert pareto([(2.5, 40.0), (2.0, 60.0), (2.2, 80.0), (3.0, 40.0), (4.0, 30.0)]) == [(2.0, 60.0), (2.5, 40.0), (4.0, 30.0)]
     assert pareto([]) == []
+
+
+def test_labels_are_moved_apart_as_little_as_it_takes() -> None:
+    assert apart([0.0, 20.0, 40.0], 9.0) == [0.0, 20.0, 40.0]
+    assert apart([10.0, 10.0], 8.0) == [6.0, 14.0]
+    crowded = apart([0.0, 1.0, 2.0, 11.0, 50.0], 10.0)
+    assert crowded == [-11.5, -1.5, 8.5, 18.5, 50.0]
+    assert apart([], 9.0) == []
 
 
 @pytest.mark.parametrize("spread", [1.2, 50.0])
