@@ -16,7 +16,6 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test up down status config lint kernels tables clean
-
 .PHONY: sweep sweep-status sweep-retry compare screenshots
 
 help: ## this list
@@ -42,16 +41,16 @@ config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for 
 	@$(PY) -m flows.launch config $(ARGS)
 
 sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name ARGS='section.field=value'
-	@$(PY) -m flows.sweep --models '$(MODELS)' --experiments '$(EXPERIMENTS)' --seeds '$(SEEDS)' --sweep '$(SWEEP)' --overrides $(ARGS)
+	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --overrides $(ARGS)
 
 sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last one
-	@$(PY) -m flows.sweep status --sweep '$(SWEEP)'
+	@$(PY) -m flows.sweep status --sweep "$$SWEEP"
 
 sweep-retry: kernels ## the same sweep again, what failed or was stopped: SWEEP=name, without it the last one
-	@$(PY) -m flows.sweep retry --sweep '$(SWEEP)'
+	@$(PY) -m flows.sweep retry --sweep "$$SWEEP"
 
 compare: $(STAMP) ## table and pictures of finished runs: SWEEP=name, without it all of them
-	@$(PY) -m flows.compare '$(SWEEP)'
+	@$(PY) -m flows.compare "$$SWEEP"
 
 test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part
 	@$(PY) -m pytest $(TESTS)
@@ -66,7 +65,7 @@ status: $(STAMP) ## what of it runs, and where
 	@$(PY) -m flows.launch status
 
 screenshots: $(STAMP) ## pictures of a sweep in MLflow and Prefect, into docs/pictures: SWEEP=name (needs chromium and chromium-driver)
-	@$(PY) tests/e2e/screenshots.py '$(SWEEP)'
+	@$(PY) tests/e2e/screenshots.py "$$SWEEP"
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(PY) -m ruff check .

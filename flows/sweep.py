@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cell is stopped
     try:
         home = home_folder()
-        name = checked_name(chosen.sweep) if chosen.sweep else ""
+        name = checked_name(chosen.sweep) if chosen.sweep and chosen.action != "run" else chosen.sweep  # a run tells all problems at once
         if chosen.action == "status":
             return show_status(home, name)
         typed = Request(words(chosen.models), words(chosen.experiments), words(chosen.seeds), tuple(chosen.overrides), name)
