@@ -13,7 +13,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
 from flows.cells import Request
-from flows.sweep import SweepError, end_table, failures, run_sweep
+from flows.sweep import SweepError, run_sweep
+from flows.sweep_report import end_table, failures
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.report.tables import markdown
 from tasks.step import prepare_logging

@@ -1,6 +1,6 @@
 """A sweep through the real stack, on `tiny`: what is missing runs, what cannot run is told, a rerun runs nothing, and the comparison.
 
-Behind `test_whole_flow.py` in order: its runs of seed 0 and 7 lie in the cache.
+Behind `test_whole_flow.py` in order, whose run of seed 0 lies in the cache then; alone it takes a little longer.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ def test_a_cell_that_cannot_run_does_not_stop_the_others(stack: Stack) -> None:
     done = sweep(stack, *ASKED, "--overrides", *SHARED)
     assert done.returncode == 1, done.stdout + done.stderr
     assert states(stack) == {"tiny tiny seed 0": "finished", "tiny tiny seed 3": "finished", "llama2 tiny seed 0": "failed", "llama2 tiny seed 3": "failed"}
-    plan = next(line.split() for line in done.stdout.splitlines() if line.startswith("tiny tiny seed 0 "))
-    assert plan[5:8] == ["10", "0", "0"], "what the flow tests built is cached"
     assert done.stdout.count("cannot run") == 2
     assert done.stdout.count("model.source=folder") == 1, "a reason is told once, with its remedy"
     assert "/#/compare-runs?runs=" in done.stdout
@@ -68,6 +66,8 @@ def test_the_same_words_run_nothing_again(stack: Stack) -> None:
     done = sweep(stack, "retry", "--sweep", "of-tests")
     assert done.returncode == 1
     assert "4 cells, 0 to run" in done.stdout
+    plans = [line.split() for line in done.stdout.splitlines() if line.startswith("tiny tiny seed ") and line.endswith("done")]
+    assert [plan[6:8] for plan in plans] == [["0", "0"], ["0", "0"]], "nothing shared, nothing missing"
     assert list(states(stack).values()) == ["reused", "reused", "failed", "failed"]
     assert {row.run_id for row in compare.read_rows(stack.home, "of-tests")} == before
     assert len(flow_runs(stack, "of-tests")) == 2

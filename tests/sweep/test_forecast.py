@@ -56,7 +56,7 @@ def test_steps_of_an_earlier_run_are_shared(tmp_path: Path, teacher_at_hand: Non
     missing = {step.name for step in again.steps if step.state == "missing"}
     assert missing == {"end_to_end", "pack_and_benchmark", "evaluate_model"}, "a changed stage, and what depends on it"
     other_seed = forecaster.forecast(compose(["model=tiny", "seed=5"]))
-    assert {step.name for step in other_seed.steps if step.state == "shared"} == {"evaluate_teacher", "stage1/ptq_init"}
+    assert {step.name for step in other_seed.steps if step.state == "shared"} == {"evaluate_teacher"}
 
 
 def test_finished_steps_are_cached_and_their_content_gives_the_next_key(tmp_path: Path, teacher_at_hand: None) -> None:
@@ -65,7 +65,7 @@ def test_finished_steps_are_cached_and_their_content_gives_the_next_key(tmp_path
     for step in ("evaluate_teacher", "ptq_init"):
         publish(tmp_path, step, config, 3.0, first[step].recipe)
     second = {step.name: step for step in Forecaster(tmp_path).forecast(config).steps}
-    assert [name for name, step in second.items() if step.state == "cached"] == ["evaluate_teacher", "ptq_init", "stage1/ptq_init"]
+    assert [name for name, step in second.items() if step.state == "cached"] == ["evaluate_teacher", "ptq_init"]
     assert second["weight_distill"].recipe != first["weight_distill"].recipe
     publish(tmp_path, "weight_distill", config, 3.0, second["weight_distill"].recipe)
     third = {step.name: step for step in Forecaster(tmp_path).forecast(config).steps}
