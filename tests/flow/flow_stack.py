@@ -40,7 +40,8 @@ class Stack:
     def environment(self) -> dict[str, str]:
         from flows.servers import environment
 
-        return os.environ | environment(self.home, self.prefect) | {"OMP_NUM_THREADS": "1", "LBLLM_PREFECT_PORT": str(self.prefect), "LBLLM_MLFLOW_PORT": str(self.mlflow)}
+        own = {"OMP_NUM_THREADS": "1", "LBLLM_PREFECT_PORT": str(self.prefect), "LBLLM_MLFLOW_PORT": str(self.mlflow)}
+        return os.environ | environment(self.home, self.prefect) | own | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.home / "no hub")}
 
     def call(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run `python <command>` from the repository's root, as a person would."""
