@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from flow_stack import ROOT, SMALL, Stack
+from mlflow import MlflowClient
 
 from flows import compare
 from flows.compose import compose
+from flows.prefect_runs import mark_crashed
 from flows.sweep_record import CellRecord, SweepRecord, read_record, sweep_lock, write_record
 from lbllm_core.engine.artifacts import Handle
 from lbllm_core.pipeline import Finished
-from tasks.tracking import LabBook, row_digest
+from tasks.tracking import LabBook, close_rows, row_digest, store_uri
 
 SHARED = [o for o in SMALL if o != "model=tiny"]
 ASKED = ["--models", "tiny,llama2", "--experiments", "tiny", "--seeds", "0,3", "--sweep", "of-tests"]
@@ -36,11 +38,14 @@ def states(stack: Stack) -> dict[str, str]:
     return {cell.title: cell.state for cell in record.cells}
 
 
-def flow_runs(stack: Stack, tag: str) -> list[dict[str, Any]]:
-    body = json.dumps({"flow_runs": {"tags": {"all_": [tag]}}}).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{stack.prefect}/api/flow_runs/filter", body, {"Content-Type": "application/json"})
+def api(stack: Stack, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(f"http://127.0.0.1:{stack.prefect}/api/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as reply:
-        found: list[dict[str, Any]] = json.loads(reply.read())
+        return json.loads(reply.read())
+
+
+def flow_runs(stack: Stack, tag: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = api(stack, "flow_runs/filter", {"flow_runs": {"tags": {"all_": [tag]}}})
     return found
 
 
@@ -52,6 +57,10 @@ def test_a_cell_that_cannot_run_does_not_stop_the_others(stack: Stack) -> None:
     assert done.stdout.count("model.source=folder") == 1, "a reason is told once, with its remedy"
     assert "/#/compare-runs?runs=" in done.stdout
     assert "searchFilter=tags." in done.stdout
+    key = done.stdout.partition("viewStateShareKey=")[2].split()[0]
+    (experiment,) = (e for e in MlflowClient(store_uri(stack.home)).search_experiments() if e.name == "lbllm")
+    columns = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])["selectedColumns"]
+    assert {"params.`seed`", "metrics.`eval/ppl_synthetic`", "metrics.`size/effective_bpw`"} <= set(columns)
     assert "Traceback" not in done.stdout + done.stderr
     rows = compare.read_rows(stack.home, "of-tests")
     assert [(row.state, row.text("seed")) for row in rows] == [("finished", "0"), ("finished", "3")]
@@ -133,6 +142,26 @@ def test_comparison_of_a_half_finished_sweep(stack: Stack) -> None:
     assert {"half.md", "half.png", "half-ppl_x.png"} <= {p.name for p in (stack.home / "compare").iterdir()}
     differing = compare.differences(compare.read_rows(stack.home, "half"))
     assert differing[0] == ["run", "end_to_end.steps"]
+
+
+def test_what_a_killed_cell_leaves_is_closed(stack: Stack) -> None:
+    """In MLflow the row of the killed run above; in Prefect a run whose process does not exist, and no other sweep's."""
+    assert close_rows(stack.home, "half", "killed (signal 9)") == 1
+    assert close_rows(stack.home, "half", "again") == 0
+    (row,) = (row for row in compare.read_rows(stack.home, "half") if row.error == "killed (signal 9)")
+    assert (row.state, row.text("seed")) == ("stopped", "2")
+    flow = api(stack, "flows/", {"name": "lbllm"})["id"]
+    for tag in ("half", "other"):
+        api(stack, "flow_runs/", {"flow_id": flow, "tags": [tag], "state": {"type": "RUNNING", "name": "Running"}})
+    address = f"http://127.0.0.1:{stack.prefect}/api"
+    assert mark_crashed(address, "half", "killed (signal 9)") == 1
+    assert mark_crashed(address, "half", "again") == 0
+    (run,) = flow_runs(stack, "half")
+    assert run["state"]["type"] == "CRASHED"
+    assert "signal 9" in run["state"]["message"]
+    assert flow_runs(stack, "other")[0]["state"]["type"] == "RUNNING"
+    assert mark_crashed("http://127.0.0.1:1/api", "half", "a server that is gone") == 0
+    mark_crashed(address, "other", "end of the test")
 
 
 def test_comparison_with_nothing_to_compare(tmp_path: Path, stack: Stack) -> None:
