@@ -272,11 +272,8 @@ def share_columns(home: Path, experiment_id: str, sweep: str) -> str:
         metrics = {name for run in runs for name in run.data.metrics}
         scores = [name for name in sorted(metrics) if name.startswith("eval/") and "stderr" not in name]
         figures = [name for name in ("size/effective_bpw", *scores, "size/disk_mb", "speed/decode_tok_s") if name in metrics]
-        params: dict[str, set[str]] = {}
-        for run in runs:
-            for name, value in run.data.params.items():
-                params.setdefault(name, set()).add(value)
-        moved = [name for name, values in sorted(params.items()) if len(values) > 1 and name not in SHOWN_PARAMS and not name.startswith("model.")]
+        params = sorted({name for run in runs for name in run.data.params if name not in SHOWN_PARAMS and not name.startswith("model.")})
+        moved = [name for name in params if len({run.data.params.get(name) for run in runs}) > 1]  # a default is not logged
         columns = [*(f"params.`{name}`" for name in (*SHOWN_PARAMS, *moved)), *(f"metrics.`{name}`" for name in figures), "attributes.`Duration`"]
         view = {"searchFilter": f"tags.`lbllm.sweep` = '{sweep}'", "orderByKey": "attributes.start_time", "orderByAsc": True, "selectedColumns": columns}
         text = json.dumps(view, sort_keys=True)
