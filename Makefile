@@ -16,6 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test up down status config lint kernels tables clean
+.PHONY: sweep sweep-status sweep-retry compare screenshots
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -39,6 +40,18 @@ run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... s
 config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for machines that run `python -m lbllm_core.run --config`
 	@$(PY) -m flows.launch config $(ARGS)
 
+sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name ARGS='section.field=value'
+	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --overrides $(ARGS)
+
+sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last one
+	@$(PY) -m flows.sweep status --sweep "$$SWEEP"
+
+sweep-retry: kernels ## the same sweep again, what failed or was stopped: SWEEP=name, without it the last one
+	@$(PY) -m flows.sweep retry --sweep "$$SWEEP"
+
+compare: $(STAMP) ## table and pictures of finished runs: SWEEP=name, without it all of them
+	@$(PY) -m flows.compare "$$SWEEP"
+
 test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part
 	@$(PY) -m pytest $(TESTS)
 
@@ -50,6 +63,9 @@ down: $(STAMP) ## stop what `make up` started
 
 status: $(STAMP) ## what of it runs, and where
 	@$(PY) -m flows.launch status
+
+screenshots: $(STAMP) ## pictures of a sweep in MLflow and Prefect, into docs/pictures: SWEEP=name (needs chromium and chromium-driver)
+	@$(PY) tests/e2e/screenshots.py "$$SWEEP"
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(PY) -m ruff check .

@@ -33,7 +33,7 @@ def run_name() -> str:
     """What a run is called on Prefect's page: the choices that were made for it."""
     chosen = {**flow_run.parameters}
     words = [str(chosen.get(key)) for key in ("model", "experiment", "scheme", "dataset") if chosen.get(key)]
-    words += [str(word) for word in chosen.get("overrides") or ()]
+    words += [str(word) for word in chosen.get("overrides") or () if not str(word).startswith("tracking.")]
     return " ".join(words)[:200] or "embedded"
 
 

@@ -43,6 +43,7 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
         command = [sys.executable, *FLOW_PROCESS, str(answer), *overrides]
         code = subprocess.run(command, env=os.environ | servers.environment(home, port), check=False).returncode
     if code or not answer.exists():
+        answer.unlink(missing_ok=True)
         return code if code > 0 else 1
     from flows.outcome import print_outcome, record_results
 
@@ -78,13 +79,14 @@ def up(home: Path) -> int:
             servers.start_deployment(home, prefect.port)
     print(f"Prefect   http://{servers.HOST}:{prefect.port}")
     print(f"MLflow    http://{servers.HOST}:{mlflow.port}")
-    print("serving   lbllm/full-pipeline")
+    print("serving   lbllm/full-pipeline, lbllm-sweep/sweep")
     print()
     prefix = Path(sys.executable).parent / "prefect"
     shown = os.path.relpath(prefix) if prefix.is_relative_to(Path.cwd()) else prefix
     print("From this folder (with .venv activated the first word is `prefect` alone):")
     print(f"  {shown} deployment run lbllm/full-pipeline --watch")
     print(f"  {shown} deployment run lbllm/full-pipeline -p model=tiny --watch")
+    print(f"  {shown} deployment run lbllm-sweep/sweep -p models='[\"tiny\"]' -p seeds='[0, 1]' --watch")
     print("Stop all three: make down")
     return 0
 

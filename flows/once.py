@@ -1,7 +1,8 @@
 """One run of the flow in this process: `python -m flows.once ANSWER.json [section.field=value ...]`.
 
-`make run` starts it (`flows/launch.py`) with the environment that Prefect and MLflow read. The result goes into the file;
-what goes wrong is a sentence and an exit code.
+`make run` (`flows/launch.py`) and each cell of `make sweep` start it with the environment that Prefect and MLflow read. The
+result goes into the file; what goes wrong is a sentence, in the file too, and an exit code. The flow run carries the name of
+its sweep as a tag.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from prefect import tags
+
+from flows.cell_process import write_error
 from flows.full_pipeline import lbllm
 from flows.serve import watch_heartbeats
 from lbllm_core.engine.files import write_atomic
@@ -36,15 +40,18 @@ def end_with_parent() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run and return the exit code."""
     end_with_parent()
+    answer, overrides = Path(arguments[0]), list(arguments[1:])
     try:
         watch_heartbeats()
-        result = lbllm(overrides=list(arguments[1:]))
+        with tags(*(word.partition("=")[2] for word in overrides if word.startswith("tracking.sweep="))):
+            result = lbllm(overrides=overrides)
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
+        write_error(answer, error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    write_atomic(Path(arguments[0]), json.dumps(result).encode())
+    write_atomic(answer, json.dumps(result).encode())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Registers the deployment `lbllm/full-pipeline` and serves it: `python -m flows.serve` (started by `make up`).
+"""Registers `lbllm/full-pipeline` and `lbllm-sweep/sweep` and serves both: `python -m flows.serve` (started by `make up`).
 
 A served flow runs in a process of its own. When that process, or this one, is killed, the run would stay `Running` for
 ever; so every run sends a heartbeat, and an automation marks a run without one for 90 seconds as Crashed.
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from typing import cast
 
+from prefect import serve
 from prefect.automations import Automation
 from prefect.client.schemas.objects import StateType
+from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 
 from flows.full_pipeline import lbllm
+from flows.sweep_deployment import lbllm_sweep
 
-DEPLOYMENT = "full-pipeline"
 AUTOMATION = "lbllm: a run without a heartbeat has crashed"
 HEARTBEAT = "prefect.flow-run.heartbeat"
 SILENCE = timedelta(seconds=90)
@@ -50,7 +53,9 @@ def watch_heartbeats() -> None:
 def main() -> None:
     """Serve until stopped."""
     watch_heartbeats()
-    lbllm.serve(name=DEPLOYMENT, description=(lbllm.__doc__ or "").strip(), print_starting_message=False)
+    pipeline = lbllm.to_deployment("full-pipeline", description=(lbllm.__doc__ or "").strip())
+    sweep = lbllm_sweep.to_deployment("sweep", description=(lbllm_sweep.__doc__ or "").strip())
+    serve(*cast("list[RunnerDeployment]", [pipeline, sweep]), print_starting_message=False)  # outside of a loop they are no coroutines
 
 
 if __name__ == "__main__":

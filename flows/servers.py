@@ -122,8 +122,8 @@ def start_mlflow(home: Path, port: int) -> Server:
 
 
 def start_deployment(home: Path, port: int) -> Server:
-    """The process that serves `lbllm/full-pipeline` on the Prefect server at `port`."""
-    url = f"http://{HOST}:{port}/api/deployments/name/lbllm/full-pipeline"
+    """The process that serves both deployments on the Prefect server at `port`; `lbllm-sweep/sweep` is registered last."""
+    url = f"http://{HOST}:{port}/api/deployments/name/lbllm-sweep/sweep"
     before = time.time()
     return start(home, "deployment", ["-m", "flows.serve"], "up", 0, lambda: _registered_since(url, before), port)
 

@@ -145,13 +145,16 @@ def baseline_config(config: RunConfig, row: str) -> RunConfig:
     return changed
 
 
-def facts(spec: StepSpec, config: RunConfig, home: Path) -> dict[str, str]:
-    """What a step's result depends on beside the config: the bytes of teacher and text, the device, the number type."""
+def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> dict[str, str]:
+    """What a step's result depends on beside the config: the bytes of teacher and text, the device, the number type.
+
+    `weights`: the teacher's digest when the caller has it already (seven billion parameters take half a minute to read).
+    """
     from lbllm_core.data.tokens import data_digest, evaluation_digest
     from lbllm_core.engine.hardware import resolve
     from lbllm_core.model.load import teacher_digest
 
-    found = resolve(config.hardware).describe() | {"model weights": teacher_digest(config.model, home)}
+    found = resolve(config.hardware).describe() | {"model weights": weights or teacher_digest(config.model, home)}
     if any(name.startswith("dataset.") for name in spec.fields):
         found["calibration text"] = data_digest(config.dataset)
     if any(name.startswith("evaluation.") for name in spec.fields):

@@ -15,6 +15,7 @@ same file.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 10.0
 RETRY_SECONDS = 60.0  # between attempts while the store is down
 BUSY_SECONDS = 3.0
+SHOWN_PARAMS = ("model.name", "experiment", "scheme.name", "seed")
 SECTION_OF = {
     "evaluate_teacher": "eval",
     "ptq_init": "stage1",
@@ -58,6 +60,11 @@ def artifact_uri(home: Path) -> str:
     return (home / "mlflow-artifacts").as_uri()
 
 
+def row_digest(config: RunConfig) -> str:
+    """What a row is known by, its tag `lbllm.config`: everything of the configuration but how it is tracked."""
+    return digest(config, [f for f in ("experiment", "seed", *SECTIONS) if f != "tracking"])
+
+
 @dataclasses.dataclass
 class Entries:
     """What is to be written about one run: who it is, and the events that the store has not taken yet."""
@@ -75,8 +82,8 @@ class LabBook:
 
     def __init__(self, config: RunConfig, home: Path):
         self.config, self.home, self.enabled = config, home, config.tracking.enabled
-        self.digest = digest(config, [f for f in ("experiment", "seed", *SECTIONS) if f != "tracking"])
-        self.entries = Entries(config.tracking.experiment, self.digest, f"{config.model.name}-{config.scheme.name}-{config.experiment}")
+        self.digest = row_digest(config)
+        self.entries = Entries(config.tracking.experiment, self.digest, _row_name(config))
         self._flushed = time.monotonic()
         self._warned = False
         self._row = FileLock(home / "runs" / f"{self.digest[:16]}.lock")
@@ -154,7 +161,7 @@ class LabBook:
         fields = [f for f in ("experiment", "seed", *SECTIONS) if f != "tracking"]
         default = select(RunConfig(), fields)
         changed = {name: value for name, value in select(c, fields).items() if value != default[name] and not isinstance(value, dict)}
-        always = {"model.name": c.model.name, "scheme.name": c.scheme.name, "experiment": c.experiment, "seed": c.seed}
+        always = select(c, SHOWN_PARAMS)
         self._note("params", {name: _plain(value) for name, value in (changed | always).items()})
         tags = {"lbllm.model": c.model.name, "lbllm.scheme": c.scheme.name, "lbllm.experiment": c.experiment, "lbllm.home": str(self.home)}
         if c.tracking.sweep:
@@ -168,6 +175,10 @@ class LabBook:
 
     def _note(self, kind: str, content: Any) -> None:
         self.entries.events.append({"kind": kind, "content": content})
+
+
+def _row_name(config: RunConfig) -> str:
+    return f"{config.model.name}-{config.scheme.name}-{config.experiment}" + (f"-seed{config.seed}" if config.seed else "")
 
 
 def deliver(home: Path, entries: Entries) -> None:
@@ -222,6 +233,56 @@ def _find_or_create(client: Any, entries: Entries, home: Path) -> str:
             return str(rows[0].info.run_id)
     made = client.create_run(experiment, run_name=entries.name, tags={"lbllm.config": entries.config_digest})
     return str(made.info.run_id)
+
+
+def close_rows(home: Path, sweep: str, reason: str) -> int:
+    """End the rows of a sweep that still say they run, when the caller knows that none of its processes lives; returns how many.
+
+    A process that was killed could not do it. The row goes on when its configuration runs again.
+    """
+    if not (home / "mlflow.db").exists():
+        return 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store_uri(home))
+    try:
+        _probe(home / "mlflow.db")
+        wanted = f"tags.`lbllm.sweep` = '{sweep}' and attributes.status = 'RUNNING'"
+        rows = client.search_runs([e.experiment_id for e in client.search_experiments()], wanted)
+        for row in rows:
+            client.set_tag(row.info.run_id, "lbllm.error", reason[:4000])
+            client.set_terminated(row.info.run_id, "KILLED")
+    except Exception as error:
+        log.warning("MLflow's store did not take the end of a run of the sweep %s (%s)", sweep, _brief(error))
+        return 0
+    return len(rows)
+
+
+def share_columns(home: Path, experiment_id: str, sweep: str) -> str:
+    """A view of MLflow's run table with the columns that matter and only this sweep's runs, as the key of its address.
+
+    MLflow keeps a shared view as a tag of the experiment, as JSON; `?viewStateShareKey=<key>` opens it. Empty when the store is
+    down or the experiment is gone: the table is there without it.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store_uri(home))
+    try:
+        runs = client.search_runs([experiment_id], f"tags.`lbllm.sweep` = '{sweep}'")
+        metrics = {name for run in runs for name in run.data.metrics}
+        scores = [name for name in sorted(metrics) if name.startswith("eval/") and "stderr" not in name]
+        figures = [name for name in ("size/effective_bpw", *scores, "size/disk_mb", "speed/decode_tok_s") if name in metrics]
+        params = sorted({name for run in runs for name in run.data.params if name not in SHOWN_PARAMS and not name.startswith("model.")})
+        moved = [name for name in params if len({run.data.params.get(name) for run in runs}) > 1]  # a default is not logged
+        columns = [*(f"params.`{name}`" for name in (*SHOWN_PARAMS, *moved)), *(f"metrics.`{name}`" for name in figures), "attributes.`Duration`"]
+        view = {"searchFilter": f"tags.`lbllm.sweep` = '{sweep}'", "orderByKey": "attributes.start_time", "orderByAsc": True, "selectedColumns": columns}
+        text = json.dumps(view, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", text)
+    except Exception as error:
+        log.warning("MLflow's store did not take the view of the sweep %s (%s)", sweep, _brief(error))
+        return ""
+    return key
 
 
 def _keep_for_later(home: Path, entries: Entries) -> None:

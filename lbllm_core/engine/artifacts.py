@@ -97,14 +97,19 @@ def prepare_home(home: Path) -> Path:
     return home
 
 
-def key_parts(spec: StepSpec, config: RunConfig, inputs: Mapping[str, Handle], extra: Mapping[str, str]) -> dict[str, Any]:
-    """Everything the result depends on, by name. `extra` holds facts from outside the config: model and data digests, the device."""
+def key_parts(
+    spec: StepSpec, config: RunConfig, inputs: Mapping[str, Handle], extra: Mapping[str, str], code: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Everything the result depends on, by name. `extra` holds facts from outside the config: model and data digests, the device.
+
+    `code`: the step's code fingerprint, for a caller that asks for many keys at one moment; None: it is taken now.
+    """
     return {
         "step": spec.name,
         "schema": [SCHEMA, spec.schema],
         "fields": json.loads(canonical_json(select(config, spec.fields))),
         "upstream": {role: handle.digest for role, handle in sorted(inputs.items())},
-        "code": code_fingerprint(spec.code),
+        "code": dict(code_fingerprint(spec.code) if code is None else code),
         "extra": dict(sorted(extra.items())),
     }
 

@@ -140,10 +140,14 @@ def tiny_seed(config: ModelConfig) -> int:
     return int(config.path or 0)
 
 
+def tiny_folder(config: ModelConfig, home: Path) -> Path:
+    """Where the synthetic model of a configuration lies, or will lie once it is trained."""
+    key = hashlib.sha256(tiny.recipe_key(tiny_seed(config)).encode()).hexdigest()
+    return home / "models" / f"tiny-{key[:16]}"
+
+
 def _synthetic(config: ModelConfig, home: Path) -> Path:
-    seed = tiny_seed(config)
-    key = hashlib.sha256(tiny.recipe_key(seed).encode()).hexdigest()
-    return published(home / "models" / f"tiny-{key[:16]}", lambda part: tiny.build(part, seed))
+    return published(tiny_folder(config, home), lambda part: tiny.build(part, tiny_seed(config)))
 
 
 def _local_folder(config: ModelConfig) -> Path:

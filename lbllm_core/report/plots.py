@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+LINE_POINTS = 9.5  # height of a label, in points
 COLOURS = ("#4c566a", "#b0403a", "#d08a3e", "#3a7ca5", "#4f8f5b", "#7b5ea7")
 
 
@@ -73,3 +74,98 @@ def perplexity_bars(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Pat
         errors = {ROW_TITLES.get(str(r["row"]), str(r["row"])): float(r.get(f"{name}_stderr", 0.0)) for r in measured}
         drawn.append(bars(values, folder / f"{name}.png", name, "perplexity", errors))
     return drawn
+
+
+def table_picture(cells: Sequence[Sequence[str]], path: Path, title: str) -> Path:
+    """A table as a picture: the first column to the left, the others to the right, a light band on every second line."""
+    widths = [max(len(line[i]) for line in cells) + 2 for i in range(len(cells[0]))]
+    total, lines = sum(widths), len(cells)
+    figure, axes = _figure(max(4.0, 0.085 * total), 0.3 * lines + 0.6)
+    axes.set_axis_off()
+    axes.set_xlim(0, total)
+    axes.set_ylim(lines, -0.6)
+    axes.set_title(title, fontsize=10, loc="left")
+    for row, line in enumerate(cells):
+        if row and row % 2 == 0:
+            axes.axhspan(row - 0.5, row + 0.5, color="#f1f3f6", linewidth=0)
+        left = 0
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            at, side = (left + 0.5, "left") if column == 0 else (left + width - 0.5, "right")
+            axes.text(at, row, cell.replace("$", r"\$"), ha=side, va="center", fontsize=8.5, fontweight="bold" if row == 0 else "normal")
+            left += width
+    axes.axhline(0.5, color="#4c566a", linewidth=0.8)
+    return _save(figure, path)
+
+
+def perplexity_against_bits(points: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, name: str) -> list[Path]:
+    """For each protocol `<folder>/<name>-<protocol>.png`: perplexity over bits a weight, a colour a model, the Pareto line of each.
+
+    `points`: by protocol, dictionaries with `title, model, bits, value, error, teacher`; the teacher is a dashed line.
+    """
+    return [_scatter(measured, protocol, folder / f"{name}-{protocol}.png") for protocol, measured in points.items()]
+
+
+def _scatter(measured: Sequence[Mapping[str, Any]], protocol: str, path: Path) -> Path:
+    from lbllm_core.report.runs import pareto
+
+    figure, axes = _figure(7.2, 4.4)
+    models = list(dict.fromkeys(str(p["model"]) for p in measured))
+    values = [float(p["value"]) for p in measured] + [float(p["teacher"]) for p in measured if p["teacher"]]
+    if max(values) > 4 * min(values) > 0:
+        _readable_log_axis(axes)
+    for index, model in enumerate(models):
+        own, colour = [p for p in measured if p["model"] == model], COLOURS[index % len(COLOURS)]
+        axes.errorbar([p["bits"] for p in own], [p["value"] for p in own], yerr=[p["error"] for p in own], fmt="o", markersize=5, capsize=2.5, linewidth=0, elinewidth=0.9, color=colour, label=model)
+        edge = pareto([(float(p["bits"]), float(p["value"])) for p in own])
+        axes.plot([x for x, _ in edge], [y for _, y in edge], color=colour, linewidth=1, alpha=0.5)
+        for teacher in sorted({float(p["teacher"]) for p in own if p["teacher"]}):
+            axes.axhline(teacher, color=colour, linewidth=1, linestyle="--")
+            axes.annotate(f"{model}, teacher {teacher:.3g}", (1, teacher), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8, color=colour)
+    axes.set_xlabel("bits a weight, everything counted")
+    axes.set_ylabel("perplexity")
+    axes.set_title(f"{protocol}: perplexity against effective bits", fontsize=10)
+    axes.margins(x=0.08, y=0.12)
+    _label_points(figure, axes, measured)
+    return _save(figure, path)
+
+
+def _label_points(figure: Any, axes: Any, measured: Sequence[Mapping[str, Any]]) -> None:
+    """Write each point's name beside it, towards the middle; names that would overlap are moved apart and tied by a thin line."""
+    figure.draw_without_rendering()  # fixes the layout, so that data have a place on the page
+    places: dict[tuple[float, float], list[str]] = {}
+    for p in measured:
+        places.setdefault((float(p["bits"]), float(p["value"])), []).append(str(p["title"]).removeprefix(f"{p['model']} "))
+    points = {place: axes.transData.transform(place) * 72 / figure.dpi for place in places}
+    middle = sum(axes.get_window_extent().intervalx) / 2 * 72 / figure.dpi
+    for side in ("left", "right"):
+        own = sorted((place for place in places if (points[place][0] <= middle) == (side == "left")), key=lambda place: float(points[place][1]))
+        for place, height in zip(own, apart([float(points[place][1]) for place in own], LINE_POINTS), strict=True):
+            shift = height - float(points[place][1])
+            tie = {"arrowstyle": "-", "color": "#9aa3b2", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if abs(shift) > 2 else None
+            offset, align = ((12, "left") if side == "left" else (-12, "right")) if tie else ((7, "left") if side == "left" else (-7, "right"))
+            axes.annotate(", ".join(places[place]), place, xytext=(offset, shift), textcoords="offset points", ha=align, va="center", fontsize=7.5, arrowprops=tie)
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as it takes to lie `gap` apart: what is too close becomes a block around its mean."""
+    blocks: list[list[float]] = []
+    for height in heights:
+        blocks.append([height])
+        while len(blocks) > 1 and _spread(blocks[-1], gap)[0] - _spread(blocks[-2], gap)[-1] < gap:
+            last = blocks.pop()
+            blocks[-1] += last
+    return [height for block in blocks for height in _spread(block, gap)]
+
+
+def _spread(block: Sequence[float], gap: float) -> list[float]:
+    lowest = sum(block) / len(block) - gap * (len(block) - 1) / 2
+    return [lowest + gap * i for i in range(len(block))]
+
+
+def _readable_log_axis(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -46,18 +46,19 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> Cells:
     """
     teacher: Mapping[str, Any] = next((r for r in rows if r["row"] == "teacher"), {})
     names = list(dict.fromkeys(name for row in rows for name in row))
-    shown = [n for n in names if n.startswith("ppl_") and not n.endswith("_stderr")] + [n for n in names if _is_accuracy(n)] + [n for n in FIGURES if n in names]
+    shown = [n for n in names if n.startswith("ppl_") and not n.endswith("_stderr")] + [n for n in names if is_accuracy(n)] + [n for n in FIGURES if n in names]
     cells = [["", *(ROW_TITLES.get(str(r["row"]), str(r["row"])) for r in rows)]]
     for name in shown:
         cells.append([FIGURES[name][0] if name in FIGURES else name, *(_cell(name, row, teacher) for row in rows)])
     return cells
 
 
-def _is_accuracy(name: str) -> bool:
+def is_accuracy(name: str) -> bool:
+    """True for the name of an accuracy, false for its standard error's."""
     return name.startswith("acc_") and not name.startswith(("acc_stderr_", "acc_norm_stderr_"))
 
 
-def _stderr_name(name: str) -> str:
+def stderr_name(name: str) -> str:
     """acc_piqa -> acc_stderr_piqa, acc_norm_piqa -> acc_norm_stderr_piqa, ppl_x -> ppl_x_stderr."""
     if name.startswith("ppl_"):
         return f"{name}_stderr"
@@ -71,7 +72,7 @@ def _cell(name: str, row: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
         return ""
     form, kind = FIGURES[name][1:] if name in FIGURES else ("{:.3f}", "share") if name.startswith("acc_") else ("{:.2f}", "ratio")
     text = form.format(value)
-    error = row.get(_stderr_name(name)) if name not in FIGURES else None
+    error = row.get(stderr_name(name)) if name not in FIGURES else None
     if isinstance(error, (int, float)):
         text += " ± " + form.format(error)
     if row["row"] == "teacher" or not isinstance(ceiling, (int, float)) or not ceiling or not kind:

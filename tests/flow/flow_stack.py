@@ -40,7 +40,8 @@ class Stack:
     def environment(self) -> dict[str, str]:
         from flows.servers import environment
 
-        return os.environ | environment(self.home, self.prefect) | {"OMP_NUM_THREADS": "1", "LBLLM_PREFECT_PORT": str(self.prefect), "LBLLM_MLFLOW_PORT": str(self.mlflow)}
+        own = {"OMP_NUM_THREADS": "1", "LBLLM_PREFECT_PORT": str(self.prefect), "LBLLM_MLFLOW_PORT": str(self.mlflow)}
+        return os.environ | environment(self.home, self.prefect) | own | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.home / "no hub")}
 
     def call(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run `python <command>` from the repository's root, as a person would."""
@@ -51,7 +52,9 @@ class Stack:
         answer = self.home / "answer.json"
         answer.unlink(missing_ok=True)
         done = self.call("-m", "flows.once", str(answer), *SMALL, *overrides)
-        return done, json.loads(answer.read_text()) if answer.exists() else {}
+        told = json.loads(answer.read_text()) if answer.exists() else {}
+        assert ("error" in told) == (done.returncode != 0 and bool(told)), "the file says how the run ended"
+        return done, {} if "error" in told else told
 
     def pids(self) -> dict[str, int]:
         return {p.stem: json.loads(p.read_text())["pid"] for p in (self.home / "servers").glob("*.json")}

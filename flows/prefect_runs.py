@@ -1,0 +1,38 @@
+"""The Prefect runs of a sweep whose process is gone: marked as crashed at once.
+
+A killed process cannot end its own run; the server's automation would notice after 90 seconds without a heartbeat
+(`flows/serve.py`), but a server that lives only as long as the sweep may be gone by then. The cells of a sweep run one after
+the other under the sweep's lock, so a run with its tag that is still open while no cell runs has no process.
+
+Plain HTTP: the process of a sweep does not load Prefect.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import urllib.request
+from typing import Any
+
+OPEN_STATES = ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]
+log = logging.getLogger(__name__)
+
+
+def mark_crashed(api: str, sweep: str, reason: str) -> int:
+    """Mark the open runs of the flow `lbllm` with this tag as crashed; returns how many. A server that does not answer is left to its automation."""
+    wanted = {"flow_runs": {"tags": {"all_": [sweep]}, "state": {"type": {"any_": OPEN_STATES}}}, "flows": {"name": {"any_": ["lbllm"]}}}
+    try:
+        found = _post(f"{api}/flow_runs/filter", wanted)
+        for run in found:
+            state = {"type": "CRASHED", "name": "Crashed", "message": f"{reason[:500]}; a retry continues from the finished steps"}
+            _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+    except (OSError, ValueError) as error:
+        log.warning("Prefect's server did not take the end of a run of %s (%s); it marks it itself after 90 seconds", sweep, error)
+        return 0
+    return len(found)
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        return json.loads(reply.read())
