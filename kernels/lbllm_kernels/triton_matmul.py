@@ -32,20 +32,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from lbllm_kernels.activation import PIECEWISE_TOP, SMALLEST_SCALE, UNIFORM_TOP, ActFactors
 from lbllm_kernels.format import PackedWeight, count_groups, row_sums
 from lbllm_kernels.reference import check_codes
-
-try:
-    import triton
-    import triton.language as tl
-    from triton import knobs
-
-    MISSING = ""
-except ImportError as error:  # a machine without a GPU has no use for it
-    MISSING = f"Triton is not installed ({error})"
 
 CHUNK = 16  # channels of a word of codes
 LANES = 32  # words of a row taken at a time
@@ -55,201 +49,211 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SPLIT_FROM = 2  # programs a multiprocessor below which K is split
 
 
-if not MISSING:
+@triton.jit
+def _rint(v):  # type: ignore[no-untyped-def]
+    """Round half to even for any finite or infinite v: saturated at 2^20, which every caller clamps further."""
+    v = tl.minimum(tl.maximum(v, -1048576.0), 1048576.0)
+    return (v + 12582912.0) - 12582912.0
 
-    @triton.jit
-    def _rint(v):  # type: ignore[no-untyped-def]
-        """Round half to even for any finite or infinite v: saturated at 2^20, which every caller clamps further."""
-        v = tl.minimum(tl.maximum(v, -1048576.0), 1048576.0)
-        return (v + 12582912.0) - 12582912.0
 
-    @triton.jit
-    def _piecewise_value(k: tl.constexpr, z, a, b):  # type: ignore[no-untyped-def]
-        """v_k of `activation.piecewise_values`."""
-        if k < 4:
-            v = _rint(k * (z - a) * 0.25)
-        elif k < 12:
-            v = (z - a) + _rint(tl.math.div_rn((k - 4) * (a + b), 7.0))
+@triton.jit
+def _piecewise_value(k: tl.constexpr, z, a, b):  # type: ignore[no-untyped-def]
+    """v_k of `activation.piecewise_values`."""
+    if k < 4:
+        v = _rint(k * (z - a) * 0.25)
+    elif k < 12:
+        v = (z - a) + _rint(tl.math.div_rn((k - 4) * (a + b), 7.0))
+    else:
+        v = (z + b) + _rint((k - 11) * (127.0 - z - b) * 0.25)
+    return v
+
+
+@triton.jit
+def quantize_kernel(  # type: ignore[no-untyped-def]
+    x, q, scale, zero, channels, padded, clip_max, clip_min, knee_low, knee_high, smallest, TOP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One token a program: x (M, channels) -> q (M, padded) in product order, scale (M,), zero (M,)."""
+    token = tl.program_id(0)
+    row = x + token.to(tl.int64) * channels
+    lane = tl.arange(0, BLOCK)
+    high = tl.zeros((BLOCK,), tl.float32)
+    low = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, channels, BLOCK):
+        v = tl.load(row + start + lane, mask=start + lane < channels, other=0.0).to(tl.float32)
+        high = tl.maximum(high, v)
+        low = tl.minimum(low, v)
+        largest = tl.maximum(largest, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    hi = tl.max(high, 0)
+    low_part = clip_min * tl.min(low, 0)
+    s = tl.math.div_rn(clip_max * hi - low_part, TOP * 1.0)
+    s = tl.where(s < smallest, 1.0, s)
+    finite = (tl.max(largest, 0) < 0x7F800000) & ((s.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000)
+    s = tl.where(finite, s, 1.0)
+    z = tl.minimum(tl.maximum(_rint(tl.math.div_rn(-low_part, s)), 0.0), TOP * 1.0)
+    z = tl.where(finite, z, 0.0)
+    tl.store(scale + token, tl.where(finite, s, float("nan")))
+    tl.store(zero + token, z.to(tl.int32))
+    a = _rint(knee_low * z)
+    b = _rint(knee_high * (127.0 - z))
+    for start in range(0, padded, BLOCK):
+        place = start + lane
+        channel = (place // 512) * 512 + (place % 32) * 16 + (place % 512) // 32
+        real = channel < channels
+        v = tl.load(row + channel, mask=real, other=0.0).to(tl.float32)
+        steps = tl.math.div_rn(v, s)
+        if TOP == 15:
+            code = tl.minimum(tl.maximum(_rint(steps) + z, 0.0), 15.0)
         else:
-            v = (z + b) + _rint((k - 11) * (127.0 - z - b) * 0.25)
-        return v
+            t = steps + z
+            before = _piecewise_value(0, z, a, b)
+            code = tl.zeros_like(t) + before
+            for k in tl.static_range(1, 16):
+                value = _piecewise_value(k, z, a, b)
+                code = tl.where(t > (before + value) * 0.5, value, code)
+                before = value
+        code = tl.where(real & finite, code, 0.0)
+        tl.store(q + token.to(tl.int64) * padded + place, code.to(tl.int8), mask=place < padded)
 
-    @triton.jit
-    def quantize_kernel(  # type: ignore[no-untyped-def]
-        x, q, scale, zero, channels, padded, clip_max, clip_min, knee_low, knee_high, smallest, TOP: tl.constexpr, BLOCK: tl.constexpr
-    ):
-        """One token a program: x (M, channels) -> q (M, padded) in product order, scale (M,), zero (M,)."""
-        token = tl.program_id(0)
-        row = x + token.to(tl.int64) * channels
-        lane = tl.arange(0, BLOCK)
-        high = tl.zeros((BLOCK,), tl.float32)
-        low = tl.zeros((BLOCK,), tl.float32)
-        largest = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, channels, BLOCK):
-            v = tl.load(row + start + lane, mask=start + lane < channels, other=0.0).to(tl.float32)
-            high = tl.maximum(high, v)
-            low = tl.minimum(low, v)
-            largest = tl.maximum(largest, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        hi = tl.max(high, 0)
-        low_part = clip_min * tl.min(low, 0)
-        s = tl.math.div_rn(clip_max * hi - low_part, TOP * 1.0)
-        s = tl.where(s < smallest, 1.0, s)
-        finite = (tl.max(largest, 0) < 0x7F800000) & ((s.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000)
-        s = tl.where(finite, s, 1.0)
-        z = tl.minimum(tl.maximum(_rint(tl.math.div_rn(-low_part, s)), 0.0), TOP * 1.0)
-        z = tl.where(finite, z, 0.0)
-        tl.store(scale + token, tl.where(finite, s, float("nan")))
-        tl.store(zero + token, z.to(tl.int32))
-        a = _rint(knee_low * z)
-        b = _rint(knee_high * (127.0 - z))
-        for start in range(0, padded, BLOCK):
-            place = start + lane
-            channel = (place // 512) * 512 + (place % 32) * 16 + (place % 512) // 32
-            real = channel < channels
-            v = tl.load(row + channel, mask=real, other=0.0).to(tl.float32)
-            steps = tl.math.div_rn(v, s)
-            if TOP == 15:
-                code = tl.minimum(tl.maximum(_rint(steps) + z, 0.0), 15.0)
-            else:
-                t = steps + z
-                before = _piecewise_value(0, z, a, b)
-                code = t * 0.0 + before
-                for k in tl.static_range(1, 16):
-                    value = _piecewise_value(k, z, a, b)
-                    code = tl.where(t > (before + value) * 0.5, value, code)
-                    before = value
-            code = tl.where(real & finite, code, 0.0)
-            tl.store(q + token.to(tl.int64) * padded + place, code.to(tl.int8), mask=place < padded)
 
-    @triton.jit
-    def _expand(words, selector, LUT_IMPL: tl.constexpr):  # type: ignore[no-untyped-def]
-        """int8 weights of the codes in the low two bits of `selector`, elementwise."""
-        if LUT_IMPL == "prmt":
-            weights = tl.inline_asm_elementwise(
-                "{ .reg .b32 t; prmt.b32 t, $4, $4, $8; prmt.b32 t, $3, t, $7; prmt.b32 t, $2, t, $6; prmt.b32 $0, $1, t, $5; }",
-                "=r,r,r,r,r,r,r,r,r",
-                [words, (selector & 3) | 0x6540],
-                dtype=tl.int8,
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            weights = (words >> ((selector & 3) * 8)).to(tl.int8)
-        return weights
+@triton.jit
+def _expand(words, selector, LUT_IMPL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int8 weights of the codes in the low two bits of `selector`, elementwise."""
+    if LUT_IMPL == "prmt":
+        weights = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; prmt.b32 t, $4, $4, $8; prmt.b32 t, $3, t, $7; prmt.b32 t, $2, t, $6; prmt.b32 $0, $1, t, $5; }",
+            "=r,r,r,r,r,r,r,r,r",
+            [words, (selector & 3) | 0x6540],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        weights = (words >> ((selector & 3) * 8)).to(tl.int8)
+    return weights
 
-    @triton.jit
-    def _tile(codes, words, group_codes, rows, row_ok, chunk, chunks, n_groups, chunks_per_group, CODED: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Words of codes and level words of a tile, i32 (rows, chunk) each; zeros outside."""
-        ok = row_ok[:, None] & (chunk < chunks)[None, :]
-        d = tl.load(codes + rows.to(tl.int64)[:, None] * chunks + chunk[None, :], mask=ok, other=0)
-        at = rows.to(tl.int64)[:, None] * n_groups + (chunk // chunks_per_group)[None, :]
-        if CODED:
-            entry = tl.load(group_codes + at, mask=ok, other=0).to(tl.int32)
-            w = tl.load(words + entry, mask=ok, other=0)
-        else:
-            w = tl.load(words + at, mask=ok, other=0)
-        return d, w
 
-    @triton.jit
-    def _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The epilogue of reference.finish, or the raw sums."""
-        ok = (rm < m)[:, None] & (rn < n)[None, :]
-        at = rm.to(tl.int64)[:, None] * n + rn[None, :]
-        if FINISH:
-            s = tl.load(scale + rm, mask=rm < m, other=0.0)
-            z = tl.load(zero + rm, mask=rm < m, other=0)
-            factor = s[:, None] * tl.load(row_scale + rn, mask=rn < n, other=0.0)[None, :]
-            v = factor * (acc - z[:, None] * tl.load(sums + rn, mask=rn < n, other=0)[None, :]).to(tl.float32)
-            if BIAS:
-                v = v + tl.load(bias + rn, mask=rn < n, other=0.0)[None, :]
-            tl.store(y + at, v.to(y.dtype.element_ty), mask=ok)
-        else:
-            tl.store(y + at, acc, mask=ok)
+@triton.jit
+def _tile(codes, words, group_codes, rows, row_ok, chunk, chunks, n_groups, chunks_per_group, CODED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words of codes and level words of a tile, i32 (rows, chunk) each; zeros outside."""
+    ok = row_ok[:, None] & (chunk < chunks)[None, :]
+    d = tl.load(codes + rows.to(tl.int64)[:, None] * chunks + chunk[None, :], mask=ok, other=0)
+    at = rows.to(tl.int64)[:, None] * n_groups + (chunk // chunks_per_group)[None, :]
+    if CODED:
+        entry = tl.load(group_codes + at, mask=ok, other=0).to(tl.int32)
+        w = tl.load(words + entry, mask=ok, other=0)
+    else:
+        w = tl.load(words + at, mask=ok, other=0)
+    return d, w
 
-    @triton.jit
-    def product_kernel(  # type: ignore[no-untyped-def]
-        q, codes, words, group_codes, y, scale, zero, row_scale, sums, bias, m, n, chunks, n_groups, chunks_per_group, padded, spans,
-        BM: tl.constexpr, BN: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
-    ):  # fmt: skip
-        """Tile (BM tokens, BN rows) over `spans` spans of 512 channels; y (M, n), or with several splits partial sums (split, M, n)."""
-        rm = tl.program_id(1) * BM + tl.arange(0, BM)
-        rn = tl.program_id(0) * BN + tl.arange(0, BN)
-        split = tl.program_id(2)
-        lane = tl.arange(0, 32)
-        acc = tl.zeros((BM, BN), tl.int32)
-        first = split * spans
-        last = tl.minimum(first + spans, padded // 512)
-        for span in range(first, last):
-            d, w = _tile(codes, words, group_codes, rn, rn < n, span * 32 + lane, chunks, n_groups, chunks_per_group, CODED)
-            at = q + rm.to(tl.int64)[:, None] * padded + span * 512 + lane[None, :]
-            for i in tl.static_range(16):
-                tokens = tl.load(at + 32 * i, mask=(rm < m)[:, None], other=0)
-                acc = tl.dot(tokens, tl.trans(_expand(w, d >> (2 * i), LUT_IMPL)), acc, out_dtype=tl.int32)
-        _store(acc, y + split.to(tl.int64) * m * n, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH, BIAS)
 
-    @triton.jit
-    def reduce_kernel(  # type: ignore[no-untyped-def]
-        partial, y, scale, zero, row_scale, sums, bias, m, n, splits, BM: tl.constexpr, BN: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr
-    ):
-        """Adds the partial sums (splits, M, n) and finishes."""
-        rm = tl.program_id(1) * BM + tl.arange(0, BM)
-        rn = tl.program_id(0) * BN + tl.arange(0, BN)
-        ok = (rm < m)[:, None] & (rn < n)[None, :]
-        at = rm.to(tl.int64)[:, None] * n + rn[None, :]
-        acc = tl.zeros((BM, BN), tl.int32)
-        for split in range(0, splits):
-            acc += tl.load(partial + (tl.zeros_like(at) + split) * m * n + at, mask=ok, other=0)
-        _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH, BIAS)
+@triton.jit
+def _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The epilogue of reference.finish, or the raw sums."""
+    ok = (rm < m)[:, None] & (rn < n)[None, :]
+    at = rm.to(tl.int64)[:, None] * n + rn[None, :]
+    if FINISH:
+        s = tl.load(scale + rm, mask=rm < m, other=0.0)
+        z = tl.load(zero + rm, mask=rm < m, other=0)
+        factor = s[:, None] * tl.load(row_scale + rn, mask=rn < n, other=0.0)[None, :]
+        v = factor * (acc - z[:, None] * tl.load(sums + rn, mask=rn < n, other=0)[None, :]).to(tl.float32)
+        if BIAS:
+            v = v + tl.load(bias + rn, mask=rn < n, other=0.0)[None, :]
+        tl.store(y + at, v.to(y.dtype.element_ty), mask=ok)
+    else:
+        tl.store(y + at, acc, mask=ok)
 
-    @triton.jit
-    def expand_kernel(  # type: ignore[no-untyped-def]
-        codes, words, group_codes, dense, n, chunks, n_groups, chunks_per_group, padded, BN: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr
-    ):
-        """int8 weights (n, padded) in product order; channels beyond the last word are 0."""
-        rn = tl.program_id(0) * BN + tl.arange(0, BN)
-        span = tl.program_id(1)
-        lane = tl.arange(0, 32)
+
+@triton.jit
+def product_kernel(  # type: ignore[no-untyped-def]
+    q, codes, words, group_codes, y, scale, zero, row_scale, sums, bias, m, n, chunks, n_groups, chunks_per_group, padded, spans,
+    BM: tl.constexpr, BN: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Tile (BM tokens, BN rows) over `spans` spans of 512 channels; y (M, n), or with several splits partial sums (split, M, n)."""
+    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    split = tl.program_id(2)
+    lane = tl.arange(0, 32)
+    acc = tl.zeros((BM, BN), tl.int32)
+    first = split * spans
+    last = tl.minimum(first + spans, padded // 512)
+    for span in range(first, last):
         d, w = _tile(codes, words, group_codes, rn, rn < n, span * 32 + lane, chunks, n_groups, chunks_per_group, CODED)
-        at = dense + rn.to(tl.int64)[:, None] * padded + span * 512 + lane[None, :]
+        at = q + rm.to(tl.int64)[:, None] * padded + span * 512 + lane[None, :]
         for i in tl.static_range(16):
-            tl.store(at + 32 * i, _expand(w, d >> (2 * i), LUT_IMPL), mask=(rn < n)[:, None])
+            tokens = tl.load(at + 32 * i, mask=(rm < m)[:, None], other=0)
+            acc = tl.dot(tokens, tl.trans(_expand(w, d >> (2 * i), LUT_IMPL)), acc, out_dtype=tl.int32)
+    _store(acc, y + split.to(tl.int64) * m * n, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH, BIAS)
 
-    @triton.jit
-    def dense_kernel(  # type: ignore[no-untyped-def]
-        q, dense, y, scale, zero, row_scale, sums, bias, m, n, padded,
-        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
-    ):  # fmt: skip
-        """Plain int8 product of tokens (M, padded) and expanded weights (n, padded). Programs of eight token tiles share their rows."""
-        tiles_m = tl.cdiv(m, BM)
-        tiles_n = tl.cdiv(n, BN)
-        band = tl.program_id(0) // (8 * tiles_n)
-        height = tl.minimum(tiles_m - band * 8, 8)
-        inside = tl.program_id(0) % (8 * tiles_n)
-        rm = (band * 8 + inside % height) * BM + tl.arange(0, BM)
-        rn = (inside // height) * BN + tl.arange(0, BN)
-        lane = tl.arange(0, BK)
-        a = q + rm.to(tl.int64)[:, None] * padded + lane[None, :]
-        b = dense + rn.to(tl.int64)[None, :] * padded + lane[:, None]
-        acc = tl.zeros((BM, BN), tl.int32)
-        for start in range(0, padded, BK):
-            tokens = tl.load(a + start, mask=(rm < m)[:, None], other=0)
-            weights = tl.load(b + start, mask=(rn < n)[None, :], other=0)
-            acc = tl.dot(tokens, weights, acc, out_dtype=tl.int32)
-        _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH, BIAS)
+
+@triton.jit
+def reduce_kernel(  # type: ignore[no-untyped-def]
+    partial, y, scale, zero, row_scale, sums, bias, m, n, splits, BM: tl.constexpr, BN: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr
+):
+    """Adds the partial sums (splits, M, n) and finishes."""
+    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    ok = (rm < m)[:, None] & (rn < n)[None, :]
+    at = rm.to(tl.int64)[:, None] * n + rn[None, :]
+    acc = tl.zeros((BM, BN), tl.int32)
+    for split in range(0, splits):
+        acc += tl.load(partial + (tl.zeros_like(at) + split) * m * n + at, mask=ok, other=0)
+    _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH, BIAS)
+
+
+@triton.jit
+def expand_kernel(  # type: ignore[no-untyped-def]
+    codes, words, group_codes, dense, n, chunks, n_groups, chunks_per_group, padded, BN: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr
+):
+    """int8 weights (n, padded) in product order; channels beyond the last word are 0."""
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    span = tl.program_id(1)
+    lane = tl.arange(0, 32)
+    d, w = _tile(codes, words, group_codes, rn, rn < n, span * 32 + lane, chunks, n_groups, chunks_per_group, CODED)
+    at = dense + rn.to(tl.int64)[:, None] * padded + span * 512 + lane[None, :]
+    for i in tl.static_range(16):
+        tl.store(at + 32 * i, _expand(w, d >> (2 * i), LUT_IMPL), mask=(rn < n)[:, None])
+
+
+@triton.jit
+def dense_kernel(  # type: ignore[no-untyped-def]
+    q, dense, y, scale, zero, row_scale, sums, bias, m, n, padded,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Plain int8 product of tokens (M, padded) and expanded weights (n, padded). Programs of eight token tiles share their rows."""
+    tiles_m = tl.cdiv(m, BM)
+    tiles_n = tl.cdiv(n, BN)
+    band = tl.program_id(0) // (8 * tiles_n)
+    height = tl.minimum(tiles_m - band * 8, 8)
+    inside = tl.program_id(0) % (8 * tiles_n)
+    rm = (band * 8 + inside % height) * BM + tl.arange(0, BM)
+    rn = (inside // height) * BN + tl.arange(0, BN)
+    lane = tl.arange(0, BK)
+    a = q + rm.to(tl.int64)[:, None] * padded + lane[None, :]
+    b = dense + rn.to(tl.int64)[None, :] * padded + lane[:, None]
+    acc = tl.zeros((BM, BN), tl.int32)
+    for start in range(0, padded, BK):
+        tokens = tl.load(a + start, mask=(rm < m)[:, None], other=0)
+        weights = tl.load(b + start, mask=(rn < n)[None, :], other=0)
+        acc = tl.dot(tokens, weights, acc, out_dtype=tl.int32)
+    _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH, BIAS)
 
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on the CPU."""
-    return not MISSING and bool(knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 def missing() -> str | None:
     """Why the path cannot run on this machine at all, or None."""
-    if MISSING:
-        return MISSING
     if interpreting() or torch.cuda.is_available():
         return None
     return "no GPU that torch can use"
+
+
+def describe() -> str:
+    """Version and mode, for a reason string."""
+    return f"Triton {triton.__version__}{' interpreted' if interpreting() else ''}"
 
 
 def unsupported(packed: PackedWeight) -> str | None:
