@@ -117,7 +117,7 @@ def plan(packed: PackedWeight, variant: str) -> tuple[tuple[Route, ...], Choice]
     kind = next((k for k in device_kinds(packed.codes.device) if k in table()), "")
     ranges = table()[kind]["ranges"] if kind else [{"up_to": None, "paths": []}]
     routes: list[Route] = []
-    passed: dict[str, str] = {}
+    passed: dict[str, tuple[bool, str]] = {}
     for entry in ranges:
         path = _first(entry["paths"], packed, passed)
         if routes and routes[-1].path is path:
@@ -126,18 +126,21 @@ def plan(packed: PackedWeight, variant: str) -> tuple[tuple[Route, ...], Choice]
     return tuple(routes), Choice(_names(routes), _reason(routes, kind or str(packed.codes.device), passed))
 
 
-def _first(names: list[str], packed: PackedWeight, passed: dict[str, str]) -> Path:
-    """The first path of the list that is here and takes the weight, else the reference; `passed` collects why others were passed over."""
+def _first(names: list[str], packed: PackedWeight, passed: dict[str, tuple[bool, str]]) -> Path:
+    """The first path of the list that is here and takes the weight, else the reference.
+
+    `passed` collects the others: whether they are here, and why they were passed over.
+    """
     for name in names:
         if name not in PATHS:
-            passed[name] = "not part of this build"
+            passed[name] = False, "not part of this build"
             continue
         path = PATHS[name]
         present, why = path.state()
         refused = path.unsupported(packed) if present else why
         if refused is None:
             return path
-        passed[name] = refused
+        passed[name] = present, refused
     return REFERENCE
 
 
@@ -147,15 +150,16 @@ def _names(routes: list[Route]) -> str:
     return ", ".join(f"{r.path.name} up to {r.up_to} tokens" if r.up_to is not None else f"{r.path.name} beyond" for r in routes)
 
 
-def _reason(routes: list[Route], kind: str, passed: dict[str, str]) -> str:
+def _reason(routes: list[Route], kind: str, passed: dict[str, tuple[bool, str]]) -> str:
     if all(r.path is REFERENCE for r in routes):
-        return "; ".join(dict.fromkeys(passed.values())) or f"no path for weights on {kind}"
+        refused = [why for here, why in passed.values() if here] or [why for _, why in passed.values()]
+        return "; ".join(dict.fromkeys(refused)) or f"no path for weights on {kind}"
     found = [r.path.state()[1] for r in routes]
     reason = "; ".join(dict.fromkeys(found))
     if not table()[kind]["measured"]:
         reason += f"; thresholds of {kind} not measured"
     if passed:
-        reason += " (not " + ", ".join(f"{name}: {why}" for name, why in passed.items()) + ")"
+        reason += " (not " + ", ".join(f"{name}: {why}" for name, (_, why) in passed.items()) + ")"
     return reason
 
 

@@ -75,12 +75,10 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers (shared ones once) and of the layouts that packed linears derived from them."""
     from lbllm_core.model.packed import packed_linears
 
-    seen = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    held: list[Tensor | None] = [*model.parameters(), *model.buffers()]
     for _, linear in packed_linears(model):
-        prepared = linear.prepared
-        fast = prepared.fast
-        derived = [prepared.weight, prepared.sums] if fast is None else [fast.codes, fast.words, fast.group_codes, fast.codebook, fast.row_scale, fast.row_sums, fast.bias]
-        seen |= {t.data_ptr(): t.numel() * t.element_size() for t in derived if t is not None}
+        held += [t for route in linear.prepared.routes for t in route.weight.layout]
+    seen = {(t.device, t.data_ptr()): t.numel() * t.element_size() for t in held if t is not None}
     return sum(seen.values())
 
 

@@ -18,8 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
-from lbllm_core.model.packed_folder import check_header, expected_tensors, narrow, read_header
-from lbllm_core.quant.kv_cache import set_kv_bits
+from lbllm_core.model.packed_folder import check_header, expected_tensors, finish_loading, narrow, read_header
 
 
 class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -52,8 +51,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         where = str(getattr(model.config, "name_or_path", "") or "the packed model")
         finalize(model, where)
-        if self.quantization_config.checked(where).kv_bits == 4:
-            set_kv_bits(model, 4)
+        finish_loading(model, self.quantization_config.checked(where))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -214,18 +214,28 @@ def load_packed(folder: Path, device: torch.device | str = "cpu") -> Any:
     """A transformers causal LM in fp32 with packed linears, in eval mode, KV bits set. Raises ArtifactError for a folder that lies."""
     scheme = read_scheme(folder)
     model = _skeleton(folder, scheme)
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # stay in their stored type until `finalize`
     for name, tensor in read_tensors(folder / WEIGHTS, expected_tensors(model)):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._buffers:
             module._buffers[leaf] = tensor.to(device)
         else:
-            module._parameters[leaf] = nn.Parameter(tensor.to(torch.float32).to(device), requires_grad=False)
+            wide = tensor if any(module is table for table in tables) else tensor.to(torch.float32)
+            module._parameters[leaf] = nn.Parameter(wide.to(device), requires_grad=False)
     model.tie_weights()
     finalize(model, str(folder / WEIGHTS))
+    finish_loading(model, scheme)
+    return model.eval()
+
+
+def finish_loading(model: Any, scheme: PackedScheme) -> None:
+    """The cache that the scheme asks for: attention that rounds to it, and layers that store it."""
+    from lbllm_core.model.cache import install_cache
+
     if scheme.kv_bits == 4:
         set_kv_bits(model, 4)
-    return model.eval()
+    install_cache(model, scheme.kv_bits)
 
 
 def _skeleton(folder: Path, scheme: PackedScheme) -> Any:

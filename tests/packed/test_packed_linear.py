@@ -7,7 +7,8 @@ import gc
 
 import pytest
 import torch
-from lbllm_kernels import cpu, dispatch, reference
+from lbllm_kernels import cpu, dispatch, ops, reference  # noqa: F401  (ops registers the operator)
+from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import FormatError
 from lbllm_kernels.synthetic import random_packed
 
@@ -177,17 +178,18 @@ def test_broken_weights_are_refused_by_name():
         linear.prepare("model.q")
 
 
-@needs_build
-def test_the_operator_is_sound():
-    from lbllm_kernels import ops  # noqa: F401
-
-    for bias in (None, torch.randn(20)):
-        weight = cpu.CpuWeight(random_packed(20, 64, 32, "codebook"), bias)
-        arguments = (
-            torch.randn(3, 64), weight.codes, weight.words, weight.group_codes, weight.codebook, weight.row_scale, weight.row_sums, weight.bias,
-            20, 32, "piecewise", [1.0, 1.0, 0.25, 0.25],
-        )  # fmt: skip
-        torch.library.opcheck(torch.ops.lbllm.lut8_linear, arguments)
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_operator_is_sound(path, biased, monkeypatch):
+    if path == "cpu" and not cpu.library().levels:
+        pytest.skip(cpu.library().reason)
+    if path == "reference":
+        monkeypatch.setenv(dispatch.PATH_VARIABLE, path)
+    prepared = dispatch.prepare(random_packed(20, 64, 32, "codebook"), "piecewise", torch.randn(20) if biased else None)
+    route = prepared.routes[0]
+    arguments = (torch.randn(3, 64), list(route.weight.layout), route.path.name, 20, 32, "piecewise", [1.0, 1.0, 0.25, 0.25])
+    torch.library.opcheck(torch.ops.lbllm.lut8_linear, arguments)
+    assert torch.equal(torch.ops.lbllm.lut8_linear(*arguments), dispatch.linear(arguments[0], prepared, ActFactors("piecewise")))
 
 
 @needs_build
