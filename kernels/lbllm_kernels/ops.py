@@ -25,7 +25,8 @@ def lut8_linear(
     """`x (..., in)` -> `(..., out)` in x's dtype; `factors` = clip_max, clip_min, knee_low, knee_high."""
     row, channels = PATHS[path], x.shape[-1]
     weight = row.rebuild(channels, out_features, group_size, *layout)
-    tokens = row.quantize(x.reshape(-1, channels), ActFactors(variant, *factors))
+    clip_max, clip_min, knee_low, knee_high = factors
+    tokens = row.quantize(x.reshape(-1, channels), ActFactors(variant, clip_max, clip_min, knee_low, knee_high))
     return row.linear(tokens, weight, x.dtype).reshape(*x.shape[:-1], out_features)
 
 

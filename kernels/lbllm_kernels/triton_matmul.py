@@ -50,14 +50,14 @@ SPLIT_FROM = 2  # programs a multiprocessor below which K is split
 
 
 @triton.jit
-def _rint(v):  # type: ignore[no-untyped-def]
+def _rint(v):
     """Round half to even for any finite or infinite v: saturated at 2^20, which every caller clamps further."""
     v = tl.minimum(tl.maximum(v, -1048576.0), 1048576.0)
     return (v + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _piecewise_value(k: tl.constexpr, z, a, b):  # type: ignore[no-untyped-def]
+def _piecewise_value(k: tl.constexpr, z, a, b):
     """v_k of `activation.piecewise_values`."""
     if k < 4:
         v = _rint(k * (z - a) * 0.25)
@@ -69,7 +69,7 @@ def _piecewise_value(k: tl.constexpr, z, a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def quantize_kernel(  # type: ignore[no-untyped-def]
+def quantize_kernel(
     x, q, scale, zero, channels, padded, clip_max, clip_min, knee_low, knee_high, smallest, TOP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One token a program: x (M, channels) -> q (M, padded) in product order, scale (M,), zero (M,)."""
@@ -117,7 +117,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _expand(words, selector, LUT_IMPL: tl.constexpr):  # type: ignore[no-untyped-def]
+def _expand(words, selector, LUT_IMPL: tl.constexpr):
     """int8 weights of the codes in the low two bits of `selector`, elementwise."""
     if LUT_IMPL == "prmt":
         weights = tl.inline_asm_elementwise(
@@ -134,7 +134,7 @@ def _expand(words, selector, LUT_IMPL: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _tile(codes, words, group_codes, rows, row_ok, chunk, chunks, n_groups, chunks_per_group, CODED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(codes, words, group_codes, rows, row_ok, chunk, chunks, n_groups, chunks_per_group, CODED: tl.constexpr):
     """Words of codes and level words of a tile, i32 (rows, chunk) each; zeros outside."""
     ok = row_ok[:, None] & (chunk < chunks)[None, :]
     d = tl.load(codes + rows.to(tl.int64)[:, None] * chunks + chunk[None, :], mask=ok, other=0)
@@ -148,7 +148,7 @@ def _tile(codes, words, group_codes, rows, row_ok, chunk, chunks, n_groups, chun
 
 
 @triton.jit
-def _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH: tl.constexpr, BIAS: tl.constexpr):
     """The epilogue of reference.finish, or the raw sums."""
     ok = (rm < m)[:, None] & (rn < n)[None, :]
     at = rm.to(tl.int64)[:, None] * n + rn[None, :]
@@ -165,7 +165,7 @@ def _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH: tl.
 
 
 @triton.jit
-def product_kernel(  # type: ignore[no-untyped-def]
+def product_kernel(
     q, codes, words, group_codes, y, scale, zero, row_scale, sums, bias, m, n, chunks, n_groups, chunks_per_group, padded, spans,
     BM: tl.constexpr, BN: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +187,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def reduce_kernel(  # type: ignore[no-untyped-def]
+def reduce_kernel(
     partial, y, scale, zero, row_scale, sums, bias, m, n, splits, BM: tl.constexpr, BN: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr
 ):
     """Adds the partial sums (splits, M, n) and finishes."""
@@ -202,7 +202,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def expand_kernel(  # type: ignore[no-untyped-def]
+def expand_kernel(
     codes, words, group_codes, dense, n, chunks, n_groups, chunks_per_group, padded, BN: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr
 ):
     """int8 weights (n, padded) in product order; channels beyond the last word are 0."""
@@ -216,7 +216,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def dense_kernel(  # type: ignore[no-untyped-def]
+def dense_kernel(
     q, dense, y, scale, zero, row_scale, sums, bias, m, n, padded,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip

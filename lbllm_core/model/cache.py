@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -58,7 +57,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Empty, as new."""
         super().reset()
-        self.key_room = self.value_room = None
+        for room in ("key_room", "value_room"):
+            self.__dict__.pop(room, None)
 
 
 PARTS = ("keys", "key_scale", "key_low", "values", "value_scale", "value_low")
@@ -141,7 +141,7 @@ def install_cache(model: Any, kv_bits: int) -> None:
 
 
 def _fill_empty_cache(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     config: Any = base.config
     wanted = kwargs.get("use_cache")
     if cache is None and (config.use_cache if wanted is None else wanted) and len(args) < 4:

@@ -79,7 +79,7 @@ class HalfHead(_Half, nn.Linear):
         if few and x.dtype is torch.float32 and x.is_cpu and not torch.compiler.is_compiling() and cpu.library().half:
             y = cpu.half_linear(x, weight)
         else:
-            bands = [nn.functional.linear(x, band.to(x.dtype)) for band in weight.split(BAND)]
+            bands = [nn.functional.linear(x, band.to(x.dtype)) for band in torch.split(weight, BAND)]
             y = bands[0] if len(bands) == 1 else torch.cat(bands, dim=-1)
         return y if self.bias is None else y + self.bias
 
@@ -87,7 +87,7 @@ class HalfHead(_Half, nn.Linear):
 def exact_half(weight: Tensor) -> Tensor | None:
     """The matrix in fp16 or bf16 when that keeps every value, else None. Works in bands: no second fp32 copy."""
     for dtype in (torch.float16, torch.bfloat16):
-        if weight.dtype == dtype or all(torch.equal(band.to(dtype).to(band.dtype), band) for band in weight.split(BAND)):
+        if weight.dtype == dtype or all(torch.equal(band.to(dtype).to(band.dtype), band) for band in torch.split(weight, BAND)):
             return weight.to(dtype)
     return None
 
