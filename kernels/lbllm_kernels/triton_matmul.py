@@ -134,11 +134,11 @@ def _expand(words, selector, LUT_IMPL: tl.constexpr):
 
 
 @triton.jit
-def _tile(codes, words, group_codes, rows, row_ok, chunk, chunks, n_groups, chunks_per_group, CODED: tl.constexpr):
+def _tile(codes, words, group_codes, rows, row_ok, chunk, chunks, n_groups, GROUP: tl.constexpr, CODED: tl.constexpr):
     """Words of codes and level words of a tile, i32 (rows, chunk) each; zeros outside."""
     ok = row_ok[:, None] & (chunk < chunks)[None, :]
     d = tl.load(codes + rows.to(tl.int64)[:, None] * chunks + chunk[None, :], mask=ok, other=0)
-    at = rows.to(tl.int64)[:, None] * n_groups + (chunk // chunks_per_group)[None, :]
+    at = rows.to(tl.int64)[:, None] * n_groups + (chunk // GROUP)[None, :]
     if CODED:
         entry = tl.load(group_codes + at, mask=ok, other=0).to(tl.int32)
         w = tl.load(words + entry, mask=ok, other=0)
@@ -164,10 +164,10 @@ def _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH: tl.
         tl.store(y + at, acc, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "n_groups", "spans"])
 def product_kernel(
-    q, codes, words, group_codes, y, scale, zero, row_scale, sums, bias, m, n, chunks, n_groups, chunks_per_group, padded, spans,
-    BM: tl.constexpr, BN: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
+    q, codes, words, group_codes, y, scale, zero, row_scale, sums, bias, m, n, chunks, n_groups, padded, spans,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Tile (BM tokens, BN rows) over `spans` spans of 512 channels; y (M, n), or with several splits partial sums (split, M, n)."""
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -178,7 +178,7 @@ def product_kernel(
     first = split * spans
     last = tl.minimum(first + spans, padded // 512)
     for span in range(first, last):
-        d, w = _tile(codes, words, group_codes, rn, rn < n, span * 32 + lane, chunks, n_groups, chunks_per_group, CODED)
+        d, w = _tile(codes, words, group_codes, rn, rn < n, span * 32 + lane, chunks, n_groups, GROUP, CODED)
         at = q + rm.to(tl.int64)[:, None] * padded + span * 512 + lane[None, :]
         for i in tl.static_range(16):
             tokens = tl.load(at + 32 * i, mask=(rm < m)[:, None], other=0)
@@ -186,7 +186,7 @@ def product_kernel(
     _store(acc, y + split.to(tl.int64) * m * n, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH, BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "splits"])
 def reduce_kernel(
     partial, y, scale, zero, row_scale, sums, bias, m, n, splits, BM: tl.constexpr, BN: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr
 ):
@@ -201,21 +201,22 @@ def reduce_kernel(
     _store(acc, y, rm, rn, m, n, scale, zero, row_scale, sums, bias, FINISH, BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_groups"])
 def expand_kernel(
-    codes, words, group_codes, dense, n, chunks, n_groups, chunks_per_group, padded, BN: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr
+    codes, words, group_codes, dense, n, chunks, n_groups, padded,
+    BN: tl.constexpr, GROUP: tl.constexpr, LUT_IMPL: tl.constexpr, CODED: tl.constexpr,
 ):
     """int8 weights (n, padded) in product order; channels beyond the last word are 0."""
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     span = tl.program_id(1)
     lane = tl.arange(0, 32)
-    d, w = _tile(codes, words, group_codes, rn, rn < n, span * 32 + lane, chunks, n_groups, chunks_per_group, CODED)
+    d, w = _tile(codes, words, group_codes, rn, rn < n, span * 32 + lane, chunks, n_groups, GROUP, CODED)
     at = dense + rn.to(tl.int64)[:, None] * padded + span * 512 + lane[None, :]
     for i in tl.static_range(16):
         tl.store(at + 32 * i, _expand(w, d >> (2 * i), LUT_IMPL), mask=(rn < n)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def dense_kernel(
     q, dense, y, scale, zero, row_scale, sums, bias, m, n, padded,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FINISH: tl.constexpr, BIAS: tl.constexpr,
@@ -416,10 +417,6 @@ def _product(tokens: TritonTokens, weight: TritonWeight, y: Tensor, finish: bool
             _many(tokens, weight, y, finish, impl)
 
 
-def _numbers(weight: TritonWeight) -> tuple[int, int, int]:
-    return weight.chunks, weight.n_groups, weight.group_size // CHUNK
-
-
 def _few(tokens: TritonTokens, weight: TritonWeight, y: Tensor, finish: bool, impl: str, split: int) -> None:
     m, n, padded = tokens.tokens, weight.out_features, tokens.q.shape[1]
     bm = 16 if m <= 16 else 32 if m <= 32 else 64
@@ -434,8 +431,8 @@ def _few(tokens: TritonTokens, weight: TritonWeight, y: Tensor, finish: bool, im
     group_codes = weight.group_codes if weight.group_codes is not None else weight.codes
     has_bias = weight.bias is not None
     product_kernel[(-(-n // bn), -(-m // bm), count)](
-        tokens.q, weight.codes, weight.words, group_codes, target, *ends, m, n, *_numbers(weight), padded, -(-spans // count),
-        BM=bm, BN=bn, LUT_IMPL=impl, CODED=weight.group_codes is not None, FINISH=finish and count == 1, BIAS=has_bias,
+        tokens.q, weight.codes, weight.words, group_codes, target, *ends, m, n, weight.chunks, weight.n_groups, padded, -(-spans // count),
+        BM=bm, BN=bn, GROUP=weight.group_size // CHUNK, LUT_IMPL=impl, CODED=weight.group_codes is not None, FINISH=finish and count == 1, BIAS=has_bias,
         num_warps=4, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     if count > 1:
@@ -449,7 +446,8 @@ def _many(tokens: TritonTokens, weight: TritonWeight, y: Tensor, finish: bool, i
     dense = torch.empty((n, padded), dtype=torch.int8, device=y.device)
     group_codes = weight.group_codes if weight.group_codes is not None else weight.codes
     expand_kernel[(-(-n // 32), padded // SPAN)](
-        weight.codes, weight.words, group_codes, dense, n, *_numbers(weight), padded, BN=32, LUT_IMPL=impl, CODED=weight.group_codes is not None, num_warps=4
+        weight.codes, weight.words, group_codes, dense, n, weight.chunks, weight.n_groups, padded,
+        BN=32, GROUP=weight.group_size // CHUNK, LUT_IMPL=impl, CODED=weight.group_codes is not None, num_warps=4
     )  # fmt: skip
     bm, bn = (128, 128) if m > 128 and n > 64 else (64, 64)
     bias = weight.bias if weight.bias is not None else weight.row_scale

@@ -169,11 +169,11 @@ from lbllm_kernels import triton_matmul as t
 types = {"x": "*bf16", "q": "*i8", "dense": "*i8", "group_codes": "*u8", "y": "*bf16", "scale": "*fp32", "row_scale": "*fp32", "bias": "*fp32"}
 types |= dict.fromkeys(("zero", "codes", "words", "sums", "partial"), "*i32")
 types |= dict.fromkeys(("clip_max", "clip_min", "knee_low", "knee_high", "smallest"), "fp32")
-product = dict(LUT_IMPL="prmt", FINISH=True, BIAS=True)
+product = dict(GROUP=2, LUT_IMPL="prmt", FINISH=True, BIAS=True)
 cases = [
     (t.quantize_kernel, dict(TOP=127, BLOCK=2048), 8), (t.quantize_kernel, dict(TOP=15, BLOCK=512), 8),
     (t.product_kernel, dict(BM=16, BN=32, CODED=True, **product), 4), (t.product_kernel, dict(BM=64, BN=64, CODED=False, **product), 4),
-    (t.reduce_kernel, dict(BM=1, BN=256, FINISH=True, BIAS=False), 4), (t.expand_kernel, dict(BN=32, LUT_IMPL="prmt", CODED=False), 4),
+    (t.reduce_kernel, dict(BM=1, BN=256, FINISH=True, BIAS=False), 4), (t.expand_kernel, dict(BN=32, GROUP=8, LUT_IMPL="prmt", CODED=False), 4),
     (t.dense_kernel, dict(BM=128, BN=128, BK=128, FINISH=True, BIAS=False), 8),
 ]
 for kernel, constants, warps in cases:
