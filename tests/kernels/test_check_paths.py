@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lbllm_kernels.paths import REFERENCE
 def script():
     spec = importlib.util.spec_from_file_location("check_gpu", Path(__file__).resolve().parents[2] / "kernels" / "check_gpu.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["check_gpu"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
