@@ -31,9 +31,11 @@ from lbllm_core.engine.hardware import Hardware, resolve
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.step import Metrics, StepContext
 from lbllm_core.model.blocks import SITES, Decoder
+from lbllm_core.model.card import Origin
 from lbllm_core.model.student import BlockState, block_file, load_block, state_tensors
 
 STUDENT_SCHEMA = 1
+STAGE_NAMES = ("ptq_init", "weight_distill", "act_quant", "end_to_end")
 
 
 class _Bench:
@@ -135,12 +137,13 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     student, variant = context.inputs["student"], activation_format(c)
     count = len(Decoder(teacher.model).blocks)
     folder = context.folder / "packed"
-    packing = pack_student(teacher.model, (load_block(student, i, *variant) for i in range(count)), folder, c.scheme, teacher.tokenizer)
+    blocks = (load_block(student, i, *variant) for i in range(count))
+    packing = pack_student(teacher.model, blocks, folder, c.scheme, teacher.tokenizer, _origin(c, student))
     device = resolve(c.hardware).device
-    packed = load_packed(folder, device)
+    packed, on_device = load_packed(folder, device), teacher.model.to(device)
     ids = _check_ids(c, teacher.tokenizer).to(device)
     integers = check_integers(packed, ids)
-    fake = fake_quant_model(teacher.model.to(device), [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
+    fake = fake_quant_model(on_device, [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
     logits = check_logits(packed, fake, ids)
     require(integers, logits, c.pack.min_sqnr_db)
     report = packing.metrics()
@@ -152,10 +155,10 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     _write_json(context.folder / "packing.json", detail)
     speed: dict[str, float] = {}
     if c.pack.benchmark:
-        del teacher, fake, packed
-        amount = (c.pack.prefill_tokens, c.pack.decode_tokens, c.pack.repeats)
-        speed = measure_packed(folder, *amount, device=str(device))
-        speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount, device=str(device)).items()}
+        del teacher, on_device, fake, packed
+        amount = (c.pack.prefill_tokens, c.pack.decode_tokens, c.pack.repeats, device.type)
+        speed = measure_packed(folder, *amount)
+        speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount).items()}
     sections = {"size": size, "pack": check, "speed": speed}
     return {f"{section}/{name}": float(value) for section, figures in sections.items() for name, value in figures.items()}
 
@@ -178,11 +181,24 @@ def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:
     for protocol in e.protocols:
         name = metric_name(protocol, context.config, tokenizer)
         data = windows(protocol, context.config, tokenizer)
-        result = perplexity(lambda ids: model(ids, use_cache=False).logits, data, e.batch_tokens, context.report, model.device, name)
+        result = perplexity(lambda ids: model(ids, use_cache=False).logits, data, e.batch_tokens, context.report, device=model.device, name=name)
         found |= {name: result.ppl, f"{name}_stderr": result.stderr}
     if e.tasks:
         found |= zero_shot(model, tokenizer, e.tasks, e.task_limit, add_bos=context.config.model.add_bos, batch_tokens=e.batch_tokens, report=context.report)
     return found
+
+
+def _origin(c: RunConfig, student: Path) -> Origin:
+    """Where the packed model comes from, for its card: the stages up to the one that the student's folder names."""
+    last = json.loads((student / "student.json").read_text(encoding="utf-8"))["stage"]
+    ran = STAGE_NAMES[: STAGE_NAMES.index(last) + 1]
+    sections = {name: getattr(c, name) for name in ran}
+    used = {name: section for name, section in sections.items() if getattr(section, "enabled", True) or name == last}
+    recipe = {name: ", ".join(f"{key}={value}" for key, value in vars(section).items() if key != "enabled") for name, section in used.items()}
+    m, d = c.model, c.dataset
+    base = " ".join(word for word in (m.path or m.source, m.file) if word)
+    data = f"{d.name} ({d.source}), {d.sequences} sequences of {d.seq_len} tokens, seed {c.seed}"
+    return Origin(m.name, base, m.license, data, recipe)
 
 
 def _check_ids(c: RunConfig, tokenizer: Any) -> Tensor:

@@ -93,11 +93,14 @@ def exact_half(weight: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def keep_half(model: Any) -> None:
-    """Put 16-bit modules in place of embedding and head where the model computes in fp32 on a CPU and no value changes."""
+def keep_half(model: Any, wanted: bool = True) -> None:
+    """Put 16-bit modules in place of embedding and head where the model computes in fp32 on a CPU and no value changes.
+
+    Where it does not, or they are not `wanted`, a weight that was loaded in its stored type gets the model's.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     compute = model.model.norm.weight.dtype
-    if compute != torch.float32 or embedding.weight.device.type != "cpu" or not cpu.library().half:
+    if not wanted or compute != torch.float32 or embedding.weight.device.type != "cpu" or not cpu.library().half:
         _widen(embedding, head, compute)
         return
     tied = head.weight is embedding.weight

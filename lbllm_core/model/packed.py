@@ -364,7 +364,7 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
             yield name, module
 
 
-def finalize(model: nn.Module, where: str) -> None:
+def finalize(model: nn.Module, where: str, keep_16_bits: bool = True) -> None:
     """After the tensors are in: check each packed linear, derive its layout, freeze the rest, keep embedding and head in 16 bits. Raises ArtifactError naming `where`."""
     try:
         for module in model.modules():
@@ -378,4 +378,4 @@ def finalize(model: nn.Module, where: str) -> None:
     except FormatError as error:
         raise ArtifactError(f"{where} breaks the packed format: {error}; the file is damaged, pack the model again") from error
     model.requires_grad_(False)
-    keep_half(model)
+    keep_half(model, keep_16_bits)

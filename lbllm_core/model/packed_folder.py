@@ -2,6 +2,7 @@
 
     config.json          the transformers configuration, with `quantization_config` = {"quant_method": "lbllm", "format_version": 1, ...}
     model.safetensors    packed linears by the names of the format, sites, norms, embedding, head (a tied one once)
+    README.md            the model card (`card.py`)
     tokenizer files, generation_config.json
 
 **Names.** `<block>.<linear>.codes | row_scale | levels | group_codes | codebook | bias`, `<block>.act_sites.<site>.factors` (fp32:
@@ -21,7 +22,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from lbllm_core.config import SchemeConfig
 from lbllm_core.errors import ArtifactError, ModelError
 from lbllm_core.model.blocks import SITE_OF, SITES, Decoder
+from lbllm_core.model.card import Origin, card
 from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.bits import BILL_OF_FAMILY, Bits, add, linear_bits
@@ -125,8 +127,10 @@ def narrow(tensor: Tensor, may_round: bool = False) -> tuple[Tensor, float | Non
     return wide, None
 
 
-def pack_student(teacher: nn.Module, blocks: Iterable[BlockState], folder: Path, scheme: SchemeConfig, tokenizer: Any = None) -> PackReport:
-    """Write the packed folder of a student; `blocks` in order (a generator keeps one block in memory at a time).
+def pack_student(
+    teacher: nn.Module, blocks: Iterable[BlockState], folder: Path, scheme: SchemeConfig, tokenizer: Any = None, origin: Origin | None = None
+) -> PackReport:
+    """Write the packed folder of a student; `blocks` in order (a generator keeps one block in memory at a time). `origin`: for its card.
 
     Levels are snapped to the int8 grid here. Raises ModelError when teacher and blocks do not fit together.
     """
@@ -153,9 +157,11 @@ def pack_student(teacher: nn.Module, blocks: Iterable[BlockState], folder: Path,
     _write_config(teacher, form, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    bits, sizes = add(bills), _bytes_by_part(tensors, view)
+    (folder / "README.md").write_text(card(origin or Origin(), form.to_dict(), bits, sizes, rounded, sum(sizes.values())), encoding="utf-8")
     return PackReport(
-        bits=add(bills),
-        tensor_bytes=_bytes_by_part(tensors, view),
+        bits=bits,
+        tensor_bytes=sizes,
         folder_bytes=sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
         teacher_bytes=4 * sum(p.numel() for p in teacher.parameters()),
         rounded=rounded,
@@ -210,9 +216,15 @@ def read_scheme(folder: Path) -> PackedScheme:
     return scheme_from_dict(found, str(path))
 
 
-def load_packed(folder: Path, device: torch.device | str = "cpu") -> Any:
-    """A transformers causal LM in fp32 with packed linears, in eval mode, KV bits set. Raises ArtifactError for a folder that lies."""
+def load_packed(folder: Path, device: torch.device | str = "cpu", *, activations: bool = True, keep_16_bits: bool = True) -> Any:
+    """A transformers causal LM in fp32 with packed linears, in eval mode, KV bits set. Raises ArtifactError for a folder that lies.
+
+    `activations=False`: the A16 view, packed weights on activations and a cache that are left alone. `keep_16_bits=False`: embedding and
+    head as ordinary fp32 modules.
+    """
     scheme = read_scheme(folder)
+    if not activations:
+        scheme = replace(scheme, act_bits=16, act_variant="none", kv_bits=16)
     model = _skeleton(folder, scheme)
     tables = (model.get_input_embeddings(), model.get_output_embeddings())  # stay in their stored type until `finalize`
     for name, tensor in read_tensors(folder / WEIGHTS, expected_tensors(model)):
@@ -224,9 +236,22 @@ def load_packed(folder: Path, device: torch.device | str = "cpu") -> Any:
             wide = tensor if any(module is table for table in tables) else tensor.to(torch.float32)
             module._parameters[leaf] = nn.Parameter(wide.to(device), requires_grad=False)
     model.tie_weights()
-    finalize(model, str(folder / WEIGHTS))
+    finalize(model, str(folder / WEIGHTS), keep_16_bits)
     finish_loading(model, scheme)
     return model.eval()
+
+
+def load_tokenizer(folder: Path, optional: bool = False) -> Any:
+    """The tokenizer of a packed folder; runs no code from it. Raises ArtifactError when it cannot be read (or None, if `optional` and absent)."""
+    from transformers import AutoTokenizer
+
+    if optional and not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"{folder} has no tokenizer that can be read ({first}); copy the base model's tokenizer files into it") from error
 
 
 def finish_loading(model: Any, scheme: PackedScheme) -> None:

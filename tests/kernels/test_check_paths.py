@@ -36,7 +36,7 @@ def test_an_exact_path_passes(script, monkeypatch):
 
 def one_off(y):
     if y.numel() > 10:
-        y.view(-1)[-1] += 1
+        y.view(-1)[-1] = 12345
     return y
 
 
