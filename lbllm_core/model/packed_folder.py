@@ -245,8 +245,10 @@ def load_tokenizer(folder: Path, optional: bool = False) -> Any:
     """The tokenizer of a packed folder; runs no code from it. Raises ArtifactError when it cannot be read (or None, if `optional` and absent)."""
     from transformers import AutoTokenizer
 
-    if optional and not (folder / "tokenizer_config.json").is_file():
-        return None
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if optional:
+            return None
+        raise ArtifactError(f"{folder} has no tokenizer; copy the base model's tokenizer files into it")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
