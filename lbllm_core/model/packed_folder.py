@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import pack_codes, pack_levels
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ from lbllm_core.errors import ArtifactError, ModelError
 from lbllm_core.model.blocks import SITE_OF, SITES, Decoder
 from lbllm_core.model.card import Origin, card
 from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
+from lbllm_core.model.packed_file import checksums, read_header, read_tensors
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.bits import BILL_OF_FAMILY, Bits, add, linear_bits
 from lbllm_core.quant.kv_cache import set_kv_bits
@@ -45,6 +45,8 @@ from lbllm_core.quant.weight import QuantizedWeight, snap
 
 WEIGHTS = "model.safetensors"
 ROUNDING_SQNR_DB = 60.0
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+LARGEST_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def pack_student(
         raise ModelError(f"the student has {count} blocks, the teacher {len(view.blocks)}; pack a finished student of this teacher")
     rounded = _add_other_tensors(teacher, view, tensors, replaced)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt", **checksums(tensors)})
     _write_config(teacher, form, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -225,6 +227,7 @@ def load_packed(folder: Path, device: torch.device | str = "cpu", *, activations
     scheme = read_scheme(folder)
     if not activations:
         scheme = replace(scheme, act_bits=16, act_variant="none", kv_bits=16)
+    _check_sizes(folder)
     model = _skeleton(folder, scheme)
     tables = (model.get_input_embeddings(), model.get_output_embeddings())  # stay in their stored type until `finalize`
     for name, tensor in read_tensors(folder / WEIGHTS, expected_tensors(model)):
@@ -274,13 +277,28 @@ def _skeleton(folder: Path, scheme: PackedScheme) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         install_packed_linears(model, scheme)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, ModelError) as error:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    except Exception as error:  # a damaged value can surface anywhere in transformers
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"{folder}/config.json does not describe a model that lbllm packs ({first})") from error
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            raise ArtifactError(f"{folder}/generation_config.json cannot be read ({type(error).__name__}); remove it or copy the base model's") from error
     return model
+
+
+def _check_sizes(folder: Path) -> None:
+    """Sizes in config.json that no file could fill are refused before a model of that size is built. Raises ArtifactError."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    most = dict.fromkeys(SIZES, LARGEST_SIZE) | {"num_hidden_layers": len(read_header(folder / WEIGHTS))}
+    for key, limit in most.items():
+        value = values.get(key, 1)
+        if value is None and key == "head_dim":
+            continue
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ArtifactError(f"{folder}/config.json: {key}={value!r} cannot be, the weights allow 1..{limit}; config.json and weights do not belong together")
 
 
 def expected_tensors(model: Any) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
@@ -291,42 +309,3 @@ def expected_tensors(model: Any) -> dict[str, tuple[torch.dtype | None, tuple[in
         if name not in tied:
             wanted[name] = (None if isinstance(t, nn.Parameter) else t.dtype, tuple(t.shape))
     return wanted
-
-
-Header = Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]
-TYPES = {"U8": torch.uint8, "I32": torch.int32, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def read_header(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-    """Types (None: one the format never uses) and shapes in a weights file. Raises ArtifactError when it cannot be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
-            return {name: (TYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing; the packed model is incomplete") from error
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); it is truncated or damaged, pack the model again") from error
-
-
-def check_header(where: str, wanted: Header, found: Header) -> None:
-    """ArtifactError naming the first tensor whose presence, shape or type is not the wanted one."""
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise ArtifactError(f"{where}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}; config.json and weights do not belong together")
-    for name, (dtype, shape) in wanted.items():
-        actual, size = found[name]
-        if size != shape:
-            raise ArtifactError(f"{where}: tensor {name} has shape {size}, config.json asks for {shape}")
-        if actual is None or (actual != dtype if dtype is not None else not actual.is_floating_point):
-            raise ArtifactError(f"{where}: tensor {name} has type {actual or 'unknown'}, the packed format asks for {dtype or 'a float type'}")
-
-
-def read_tensors(path: Path, wanted: Header) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a weights file, one at a time, when names, types and shapes are the wanted ones; else ArtifactError."""
-    check_header(str(path), wanted, read_header(path))
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(wanted):
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); it is truncated or damaged, pack the model again") from error

@@ -57,7 +57,7 @@ def test_the_card_says_what_it_is(packed):
     for word in ("license: apache-2.0", "toy, binarized to W(1+1)A4", "package toy.gguf", "Apache-2.0", "synthetic, 64 sequences of 128 tokens", "- `ptq_init`: method=em",
                  "| row scales |", "from_pretrained(FOLDER)", "piecewise", "cache: 4 bits", "## Limits", "measured after it is packed"):  # fmt: skip
         assert word in text, word
-    bits = [line for line in text.splitlines() if line.startswith("| all |")][0]
+    bits = next(line for line in text.splitlines() if line.startswith("| all |"))
     assert 2.25 < float(bits.split("|")[2]) < 8
 
 
@@ -207,7 +207,7 @@ def test_the_decode_record_has_its_schema(home, tmp_path, monkeypatch):
     from lbllm_core.evaluation import decode_record, speed
 
     monkeypatch.setenv("LBLLM_HOME", str(home))
-    figures = {name: 2.0 for name in decode_record.UNITS} | {"prefill_tokens": 100.0, "threads": 2.0}
+    figures = dict.fromkeys(decode_record.UNITS, 2.0) | {"prefill_tokens": 100.0, "threads": 2.0}
     monkeypatch.setattr(speed, "measure_packed", lambda *a: figures | {"decode_tok_s": 9.0})
     asked = []
     monkeypatch.setattr(speed, "measure_teacher", lambda config, *a: asked.append(config) or figures)

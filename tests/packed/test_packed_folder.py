@@ -159,13 +159,19 @@ def test_a_broken_config_is_refused(folder, text):
 def test_flipped_header_bytes_never_crash(folder):
     path = folder / "model.safetensors"
     whole = bytearray(path.read_bytes())
+    sound, harmless = load_packed(folder), 0
     generator = torch.Generator().manual_seed(0)
     for position in torch.randint(0, 4000, (60,), generator=generator).tolist():
         broken = bytearray(whole)
         broken[position] ^= 0x41
         path.write_bytes(bytes(broken))
-        with pytest.raises(ArtifactError):
-            load_packed(folder)
+        try:
+            model = load_packed(folder)
+        except ArtifactError:
+            continue
+        harmless += 1  # a flip in the metadata entry `format`
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), sound.state_dict().values(), strict=True))
+    assert harmless < 5
 
 
 def test_too_few_blocks_are_refused(scheme, make_teacher, make_student, tmp_path):
