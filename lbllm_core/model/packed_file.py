@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lbllm_core.errors import ArtifactError
@@ -58,6 +59,19 @@ def checksum(tensor: Tensor) -> int:
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The metadata entry for these tensors."""
     return {CHECKSUMS: json.dumps({name: checksum(tensors[name]) for name in sorted(tensors)})}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a weights file with its checksums; the same tensors give the same bytes."""
+    save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt", **checksums(tensors)})
+    with path.open("r+b") as file:  # safetensors writes several metadata entries in an order that changes from call to call
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        settled = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(settled) == size
+        file.seek(8)
+        file.write(settled)
 
 
 def _recorded(metadata: Mapping[str, str] | None, path: Path) -> dict[str, int]:

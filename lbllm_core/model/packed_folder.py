@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import pack_codes, pack_levels
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lbllm_core.config import SchemeConfig
@@ -37,7 +36,7 @@ from lbllm_core.errors import ArtifactError, ModelError
 from lbllm_core.model.blocks import SITE_OF, SITES, Decoder
 from lbllm_core.model.card import Origin, card
 from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
-from lbllm_core.model.packed_file import checksums, read_header, read_tensors
+from lbllm_core.model.packed_file import read_header, read_tensors, write_tensors
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.bits import BILL_OF_FAMILY, Bits, add, linear_bits
 from lbllm_core.quant.kv_cache import set_kv_bits
@@ -155,7 +154,7 @@ def pack_student(
         raise ModelError(f"the student has {count} blocks, the teacher {len(view.blocks)}; pack a finished student of this teacher")
     rounded = _add_other_tensors(teacher, view, tensors, replaced)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt", **checksums(tensors)})
+    write_tensors(folder / WEIGHTS, tensors)
     _write_config(teacher, form, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
