@@ -31,7 +31,6 @@ _DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "
 _WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size"))
 _ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "act_group_size", "kv_bits"))
 _MEASURED = tuple(f"evaluation.{name}" for name in ("protocols", "tasks", "task_limit", "batch_tokens"))
-STAGES = ("ptq_init", "weight_distill", "act_quant", "end_to_end")  # the steps that hand a student on
 STEPS_MODULE = "lbllm_core.steps"
 
 
@@ -54,12 +53,13 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
             _spec("weight_distill", *_MODEL, *_DATA, *_WEIGHTS, "weight_distill"),
             _spec("act_quant", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "act_quant"),
             _spec("end_to_end", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "end_to_end"),
-            _spec("pack_and_benchmark", *_MODEL, "model.license", *_DATA, "scheme", *STAGES, "pack"),  # stages and licence: for the card
+            _spec("pack_and_benchmark", *_MODEL, "model.license", *_DATA, "scheme", "pack"),
             _spec("evaluate_model", *_MODEL, *_MEASURED, *_ACTIVATIONS),
         )
     }
 )
 AFTER = MappingProxyType({"stage1": "ptq_init", "stage2": "weight_distill", "stage3": "act_quant"})  # rows that are the model after a stage
+STAGES = ("ptq_init", "weight_distill", "act_quant", "end_to_end")  # the steps that hand a student on
 
 
 @dataclass(frozen=True)

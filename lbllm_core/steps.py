@@ -35,7 +35,6 @@ from lbllm_core.model.card import Origin
 from lbllm_core.model.student import BlockState, block_file, load_block, state_tensors
 
 STUDENT_SCHEMA = 1
-STAGE_NAMES = ("ptq_init", "weight_distill", "act_quant", "end_to_end")
 
 
 class _Bench:
@@ -62,7 +61,7 @@ def ptq_init(context: StepContext) -> Metrics:
     errors = [v for block in figures for k, v in block.items() if k.startswith("weight_error/")]
     snaps = [v for block in figures for k, v in block.items() if k.startswith("snap_error/")]
     curves = {"weight_error": [sum(v for k, v in b.items() if k.startswith("weight_error/")) / 7 for b in figures]}
-    _finish(context.folder, "ptq_init", c, len(figures), curves)
+    _finish(context, "ptq_init", len(figures), curves)
     return {"stage1/weight_error": sum(errors) / len(errors), "stage1/snap_error_added": sum(snaps) / len(snaps)}
 
 
@@ -108,7 +107,7 @@ def end_to_end(context: StepContext) -> Metrics:
     for leftover in context.folder.glob("checkpoint_*"):
         leftover.unlink()
     losses = [h["loss"] for h in history]
-    _finish(context.folder, "end_to_end", c, len(states), {"loss": losses})
+    _finish(context, "end_to_end", len(states), {"loss": losses})
     fifth = max(1, len(losses) // 5)
     return {"stage4/kl_first": sum(losses[:fifth]) / fifth, "stage4/kl_last": sum(losses[-fifth:]) / fifth} if losses else {}
 
@@ -189,16 +188,11 @@ def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:
 
 
 def _origin(c: RunConfig, student: Path) -> Origin:
-    """Where the packed model comes from, for its card: the stages up to the one that the student's folder names."""
-    last = json.loads((student / "student.json").read_text(encoding="utf-8"))["stage"]
-    ran = STAGE_NAMES[: STAGE_NAMES.index(last) + 1]
-    sections = {name: getattr(c, name) for name in ran}
-    used = {name: section for name, section in sections.items() if getattr(section, "enabled", True) or name == last}
-    recipe = {name: ", ".join(f"{key}={value}" for key, value in vars(section).items() if key != "enabled") for name, section in used.items()}
+    """Where the packed model comes from, for its card. A folder of the user's is called by its name alone."""
     m, d = c.model, c.dataset
-    base = " ".join(word for word in (m.path or m.source, m.file) if word)
+    base = " ".join(word for word in (Path(m.path).name if m.source == "folder" else m.path or m.source, m.file) if word)
     data = f"{d.name} ({d.source}), {d.sequences} sequences of {d.seq_len} tokens, seed {c.seed}"
-    return Origin(m.name, base, m.license, data, recipe)
+    return Origin(m.name, base, m.license, data, dict(_student(student)["recipe"]))
 
 
 def _check_ids(c: RunConfig, tokenizer: Any) -> Tensor:
@@ -229,16 +223,26 @@ def _block_metrics(section: str, figures: list[dict[str, float]], context: StepC
     errors = [b["block_rel_mse"] for b in figures]
     curves = {name: [b[name] for b in figures] for name in ("block_rel_mse", "loss_before", "loss_after") if all(name in b for b in figures)}
     step = {"stage2": "weight_distill", "stage3": "act_quant"}[section]
-    _finish(context.folder, step, context.config, len(figures), curves)
+    _finish(context, step, len(figures), curves)
     return {f"{section}/block_rel_mse_mean": sum(errors) / len(errors), f"{section}/block_rel_mse_last": errors[-1]}
 
 
-def _finish(folder: Path, stage: str, c: RunConfig, n_blocks: int, curves: dict[str, list[float]]) -> None:
-    """The files that make a folder a student: what it is, and its curves."""
+def _finish(context: StepContext, stage: str, n_blocks: int, curves: dict[str, list[float]]) -> None:
+    """The files that make a folder a student: what it is, how it was made so far, and its curves."""
+    folder, c = context.folder, context.config
     missing = [block_file(folder, i).name for i in range(n_blocks) if not block_file(folder, i).exists()]
     assert not missing, missing
-    _write_json(folder / "student.json", {"schema": STUDENT_SCHEMA, "stage": stage, "n_blocks": n_blocks, "scheme": asdict(c.scheme)})
+    settings = ", ".join(f"{key}={value}" for key, value in vars(getattr(c, stage)).items() if key != "enabled")
+    recipe = [*(_student(context.inputs["student"])["recipe"] if "student" in context.inputs else []), [stage, settings]]
+    about = {"schema": STUDENT_SCHEMA, "stage": stage, "n_blocks": n_blocks, "scheme": asdict(c.scheme), "recipe": recipe}
+    _write_json(folder / "student.json", about)
     _write_json(folder / "curves.json", {name: [[i, v] for i, v in enumerate(values)] for name, values in curves.items()})
+
+
+def _student(folder: Path) -> dict[str, Any]:
+    """What a student's folder says about it."""
+    about: dict[str, Any] = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    return about
 
 
 def _write_json(path: Path, value: Any) -> None:
