@@ -7,6 +7,7 @@ The newest packed model of LBLLM_HOME, unless one is named. A tokenizer with a c
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.tokens < 1 or chosen.temperature < 0:
         parser.error("--tokens must be at least 1 and --temperature at least 0")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # transformers loads it, and it complains of kernels that nobody asked for
     try:
         folder = packed_folder(prepare_home(chosen.home) if chosen.home else home_folder(), chosen.model_dir)
         model, tokenizer = load(folder, chosen.device)
