@@ -17,12 +17,10 @@ from lbllm_core.model.packed_folder import load_packed, load_tokenizer, pack_stu
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory, scheme):
-    from conftest import build_teacher, random_student
-
+def sound(tmp_path_factory, scheme, make_teacher, make_student):
     folder = tmp_path_factory.mktemp("sound")
-    teacher = build_teacher()
-    pack_student(teacher, random_student(teacher, scheme), folder, scheme)
+    teacher = make_teacher()
+    pack_student(teacher, make_student(teacher, scheme), folder, scheme)
     hf_integration.register()
     return folder
 
