@@ -1,4 +1,4 @@
-"""Are the paths of this GPU exact?  python kernels/check_gpu.py [--paths triton,cuda] [--device cuda:0]
+"""Are the paths of this GPU exact?  python kernels/check_paths.py [--paths triton,cuda] [--device cuda:0]
 
 Every path that dispatch can choose for weights on the device (and the reference there, which is plain torch) against the reference
 on the CPU: codes, scales and zero points of the quantizer, int32 sums, fp32 outputs bit by bit, fp16 and bf16 outputs. Shapes are odd
@@ -103,6 +103,8 @@ def check_shape(path: Path, packed: PackedWeight, factors: ActFactors, device: t
             row.count("codes", ours, theirs, where)
         row.count("sums", path.accumulate(expected.q.to(device), weight), reference.sums(expected.q, dense), where)
         row.count("fp32", path.linear(tokens, weight, torch.float32), reference.product(expected, dense), where)
+        if path.forward is not None:
+            row.count("fp32", path.forward(misaligned(x, device), weight, factors), reference.product(expected, dense), f"{where}, one call")
         for dtype in (torch.float16, torch.bfloat16):
             half = x.to(dtype)
             ours = path.linear(path.quantize(half.to(device).T.contiguous().T, factors), weight, dtype)
@@ -116,6 +118,8 @@ def check_stream_and_graph(path: Path, device: torch.device, row: Row) -> None:
     weight = path.derive(to_device(packed, device), None)
     for m in (1, 16, 33, 130):
         def run(x: Tensor) -> Tensor:
+            if path.forward is not None:
+                return path.forward(x, weight, factors)
             return path.linear(path.quantize(x, factors), weight, torch.float32)
 
         inputs = [torch.randn(m, 1040, generator=torch.Generator().manual_seed(s)) for s in range(3)]

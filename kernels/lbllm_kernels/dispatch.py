@@ -219,6 +219,8 @@ def linear(x: Tensor, prepared: Prepared, factors: ActFactors, tokens: Any = Non
     route = prepared.route(flat.shape[0])
     if factors.variant == "none":
         y = reference.unquantized(flat, route.weight).to(x.dtype)
+    elif tokens is None and route.path.forward is not None:
+        y = route.path.forward(flat, route.weight, factors)
     else:
         tokens = quantize(flat, factors, route) if tokens is None else tokens
         y = route.path.linear(tokens, route.weight, x.dtype)

@@ -26,8 +26,9 @@ def lut8_linear(
     row, channels = PATHS[path], x.shape[-1]
     weight = row.rebuild(channels, out_features, group_size, *layout)
     clip_max, clip_min, knee_low, knee_high = factors
-    tokens = row.quantize(x.reshape(-1, channels), ActFactors(variant, clip_max, clip_min, knee_low, knee_high))
-    return row.linear(tokens, weight, x.dtype).reshape(*x.shape[:-1], out_features)
+    flat, values = x.reshape(-1, channels), ActFactors(variant, clip_max, clip_min, knee_low, knee_high)
+    y = row.forward(flat, weight, values) if row.forward is not None else row.linear(row.quantize(flat, values), weight, x.dtype)
+    return y.reshape(*x.shape[:-1], out_features)
 
 
 @lut8_linear.register_fake

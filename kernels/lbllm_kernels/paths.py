@@ -14,6 +14,8 @@ layout, quantize, multiply. Dispatch, the operator and the final check should kn
     accumulate(q, weight)          int32 sums `(M, out)` of codes `q int8 (M, in)` in channel order
     in_order(tokens)               `(q int8 (M, in), scale (M, 1), zero (M, 1))` of its tokens, for the check
     restore(weight)                the stored tensors again, bit by bit; None when the layout cannot give them back
+    forward(x, weight, factors)    quantizer and product in one call, where the path has one; `alone_up_to` tokens it is cheaper than
+                                   quantizing once for all readers of an input
 
 **Trade-off.** Rows of functions instead of a class hierarchy: the modules stay plain functions on tensors, and tests call them directly.
 """
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_kernels import cpu, reference
+from lbllm_kernels import cpu, cuda, reference
 from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import PackedWeight
 
@@ -52,6 +54,8 @@ class Path:
     accumulate: Callable[[Tensor, Any], Tensor]
     in_order: Callable[[Any], Ordered]
     restore: Callable[[Any], PackedWeight] | None = None
+    forward: Callable[[Tensor, Any, ActFactors], Tensor] | None = None
+    alone_up_to: int = 0
 
 
 def _cpu_state(level: int) -> tuple[bool, str]:
@@ -105,6 +109,10 @@ def _triton_ordered(tokens: Any) -> Ordered:
     return _triton().codes_in_order(tokens), tokens.scale[:, None], tokens.zero[:, None]
 
 
+def _cuda_ordered(tokens: cuda.CudaTokens) -> Ordered:
+    return cuda.codes_in_order(tokens), tokens.scale[:, None], tokens.zero[:, None]
+
+
 def _reference_ordered(tokens: reference.ReferenceTokens) -> Ordered:
     return tokens.q, tokens.scale, tokens.zero
 
@@ -113,10 +121,14 @@ REFERENCE = Path(
     "reference", "", lambda: (True, "plain torch"), lambda packed: None, reference.ReferenceWeight, reference.ReferenceWeight.from_layout,
     reference.quantize, reference.product, reference.sums, _reference_ordered,
 )  # fmt: skip
+CUDA = Path(
+    "cuda", "cuda", cuda.state, cuda.unsupported, cuda.CudaWeight, cuda.CudaWeight.from_layout, cuda.quantize, cuda.linear, cuda.accumulate,
+    _cuda_ordered, cuda.stored, cuda.forward, cuda.FUSED_UP_TO,
+)  # fmt: skip
 TRITON = Path(
     "triton", "cuda", _triton_state, lambda packed: _triton().unsupported(packed), lambda packed, bias: _triton().TritonWeight(packed, bias),
     lambda *layout: _triton().TritonWeight.from_layout(*layout), lambda x, factors: _triton().quantize(x, factors),
     lambda tokens, weight, dtype: _triton().linear(tokens, weight, dtype), lambda q, weight: _triton().accumulate(q, weight), _triton_ordered,
 )  # fmt: skip
 CPU_PATHS = (_cpu_path("cpu_amx", cpu.AMX), _cpu_path("cpu_avx512", cpu.AVX512), _cpu_path("cpu_avx2", cpu.AVX2))
-PATHS: dict[str, Path] = {path.name: path for path in (*CPU_PATHS, TRITON, REFERENCE)}
+PATHS: dict[str, Path] = {path.name: path for path in (*CPU_PATHS, CUDA, TRITON, REFERENCE)}

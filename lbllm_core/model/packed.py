@@ -289,7 +289,10 @@ class PackedLinear(nn.Module):
             return site.few(x, self, self._fused)
         dispatch.check_input(x, prepared)
         values = site.values if site.values is not None else site.prepare()
-        tokens = None if values.variant == "none" else site.tokens(x, prepared.route(x.numel() // self.in_features))
+        count = x.numel() // self.in_features
+        path = prepared.route(count).path
+        alone = path.forward is not None and (site.readers == 1 or count <= path.alone_up_to)
+        tokens = None if alone or values.variant == "none" else site.tokens(x, prepared.route(count))
         return dispatch.linear(x, prepared, values, tokens)
 
     def extra_repr(self) -> str:

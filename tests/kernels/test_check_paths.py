@@ -14,9 +14,9 @@ from lbllm_kernels.paths import REFERENCE
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("check_gpu", Path(__file__).resolve().parents[2] / "kernels" / "check_gpu.py")
+    spec = importlib.util.spec_from_file_location("check_paths", Path(__file__).resolve().parents[2] / "kernels" / "check_paths.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["check_gpu"] = module  # dataclasses look their module up
+    sys.modules["check_paths"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

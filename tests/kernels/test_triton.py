@@ -1,7 +1,7 @@
 """The Triton path without a GPU: bit-exact in Triton's interpreter, and compiled ahead of time for two generations of GPUs.
 
 Triton decides at import whether it interprets, so the interpreted cases run in a process of their own: this file again, with
-TRITON_INTERPRET=1. `kernels/check_gpu.py` runs the compiled kernels on a GPU.
+TRITON_INTERPRET=1. `kernels/check_paths.py` runs the compiled kernels on a GPU.
 """
 
 from __future__ import annotations
