@@ -15,8 +15,9 @@ export DO_NOT_TRACK := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
-.PHONY: help install run test up down status config lint kernels tables clean
+.PHONY: help install run test generate export up down status config lint kernels tables clean
 .PHONY: sweep sweep-status sweep-retry compare screenshots
+export PROMPT
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -54,6 +55,14 @@ compare: $(STAMP) ## table and pictures of finished runs: SWEEP=name, without it
 
 test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part
 	@$(PY) -m pytest $(TESTS)
+
+generate: kernels ## text from a packed model: PROMPT="..." [MODEL_DIR=folder] [TOKENS=128]
+	@test -n "$$PROMPT" || { echo 'give a prompt: make generate PROMPT="Once upon a time"'; exit 2; }
+	@$(PY) -m lbllm_core.generate --prompt "$$PROMPT" --model-dir "$(MODEL_DIR)" --tokens "$(or $(TOKENS),128)"
+
+export: kernels ## a packed model for others: FORMAT=bf16 (dequantized) or packed (with its results), OUT=folder [MODEL_DIR=folder]
+	@test -n "$(OUT)" || { echo 'name a folder to make: make export FORMAT=bf16 OUT=exported'; exit 2; }
+	@$(PY) -m lbllm_core.export --format "$(or $(FORMAT),bf16)" --out "$(OUT)" --model-dir "$(MODEL_DIR)"
 
 up: kernels ## Prefect's server, MLflow's page and the served deployment, in the background
 	@$(PY) -m flows.launch up

@@ -79,7 +79,7 @@ def two_calls(weight: cpu.CpuWeight, x: torch.Tensor) -> torch.Tensor:
     return cpu.linear(cpu.quantize(x, FACTORS), weight)
 
 
-def apply(x: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def apply(x: torch.Tensor, layer: Callable[[torch.Tensor], Any]) -> Any:
     """`layer(x)`."""
     return layer(x)
 
@@ -95,7 +95,7 @@ def shape_records(n: int, k: int, tokens: tuple[int, ...], modes: tuple[tuple[st
             x = torch.randn(m, k)
             context = {"n": n, "k": k, "m": m, "group_size": group, "level_mode": mode}
             torch_us, _ = median_us(rotating(dense, partial(torch.nn.functional.linear, x)), seconds)
-            ours = [cpu.Fused(w, FACTORS) if m <= cpu.FUSED_UP_TO else partial(two_calls, w) for w in copies]
+            ours = [cpu.Fused([w], FACTORS) if m <= cpu.FUSED_UP_TO else partial(two_calls, w) for w in copies]
             ours_us, calls = median_us(rotating(ours, partial(apply, x)), seconds)
             quant_us, _ = median_us(partial(cpu.quantize, x, FACTORS), seconds / 4)
             made += [

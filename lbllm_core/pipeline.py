@@ -53,7 +53,7 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
             _spec("weight_distill", *_MODEL, *_DATA, *_WEIGHTS, "weight_distill"),
             _spec("act_quant", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "act_quant"),
             _spec("end_to_end", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "end_to_end"),
-            _spec("pack_and_benchmark", *_MODEL, *_DATA, "scheme", "pack"),
+            _spec("pack_and_benchmark", *_MODEL, "model.license", *_DATA, "scheme", "pack"),
             _spec("evaluate_model", *_MODEL, *_MEASURED, *_ACTIVATIONS),
         )
     }

@@ -31,6 +31,7 @@ from lbllm_core.engine.hardware import Hardware, resolve
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.step import Metrics, StepContext
 from lbllm_core.model.blocks import SITES, Decoder
+from lbllm_core.model.card import Origin
 from lbllm_core.model.student import BlockState, block_file, load_block, state_tensors
 
 STUDENT_SCHEMA = 1
@@ -60,7 +61,7 @@ def ptq_init(context: StepContext) -> Metrics:
     errors = [v for block in figures for k, v in block.items() if k.startswith("weight_error/")]
     snaps = [v for block in figures for k, v in block.items() if k.startswith("snap_error/")]
     curves = {"weight_error": [sum(v for k, v in b.items() if k.startswith("weight_error/")) / 7 for b in figures]}
-    _finish(context.folder, "ptq_init", c, len(figures), curves)
+    _finish(context, "ptq_init", len(figures), curves)
     return {"stage1/weight_error": sum(errors) / len(errors), "stage1/snap_error_added": sum(snaps) / len(snaps)}
 
 
@@ -106,7 +107,7 @@ def end_to_end(context: StepContext) -> Metrics:
     for leftover in context.folder.glob("checkpoint_*"):
         leftover.unlink()
     losses = [h["loss"] for h in history]
-    _finish(context.folder, "end_to_end", c, len(states), {"loss": losses})
+    _finish(context, "end_to_end", len(states), {"loss": losses})
     fifth = max(1, len(losses) // 5)
     return {"stage4/kl_first": sum(losses[:fifth]) / fifth, "stage4/kl_last": sum(losses[-fifth:]) / fifth} if losses else {}
 
@@ -135,12 +136,13 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     student, variant = context.inputs["student"], activation_format(c)
     count = len(Decoder(teacher.model).blocks)
     folder = context.folder / "packed"
-    packing = pack_student(teacher.model, (load_block(student, i, *variant) for i in range(count)), folder, c.scheme, teacher.tokenizer)
+    blocks = (load_block(student, i, *variant) for i in range(count))
+    packing = pack_student(teacher.model, blocks, folder, c.scheme, teacher.tokenizer, _origin(c, student))
     device = resolve(c.hardware).device
-    packed = load_packed(folder, device)
+    packed, on_device = load_packed(folder, device), teacher.model.to(device)
     ids = _check_ids(c, teacher.tokenizer).to(device)
     integers = check_integers(packed, ids)
-    fake = fake_quant_model(teacher.model.to(device), [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
+    fake = fake_quant_model(on_device, [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
     logits = check_logits(packed, fake, ids)
     require(integers, logits, c.pack.min_sqnr_db)
     report = packing.metrics()
@@ -152,10 +154,10 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     _write_json(context.folder / "packing.json", detail)
     speed: dict[str, float] = {}
     if c.pack.benchmark:
-        del teacher, fake, packed
-        amount = (c.pack.prefill_tokens, c.pack.decode_tokens, c.pack.repeats)
-        speed = measure_packed(folder, *amount, device=str(device))
-        speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount, device=str(device)).items()}
+        del teacher, on_device, fake, packed
+        amount = (c.pack.prefill_tokens, c.pack.decode_tokens, c.pack.repeats, device.type)
+        speed = measure_packed(folder, *amount)
+        speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount).items()}
     sections = {"size": size, "pack": check, "speed": speed}
     return {f"{section}/{name}": float(value) for section, figures in sections.items() for name, value in figures.items()}
 
@@ -178,11 +180,19 @@ def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:
     for protocol in e.protocols:
         name = metric_name(protocol, context.config, tokenizer)
         data = windows(protocol, context.config, tokenizer)
-        result = perplexity(lambda ids: model(ids, use_cache=False).logits, data, e.batch_tokens, context.report, model.device, name)
+        result = perplexity(lambda ids: model(ids, use_cache=False).logits, data, e.batch_tokens, context.report, device=model.device, name=name)
         found |= {name: result.ppl, f"{name}_stderr": result.stderr}
     if e.tasks:
         found |= zero_shot(model, tokenizer, e.tasks, e.task_limit, add_bos=context.config.model.add_bos, batch_tokens=e.batch_tokens, report=context.report)
     return found
+
+
+def _origin(c: RunConfig, student: Path) -> Origin:
+    """Where the packed model comes from, for its card. A folder of the user's is called by its name alone."""
+    m, d = c.model, c.dataset
+    base = " ".join(word for word in (Path(m.path).name if m.source == "folder" else m.path or m.source, m.file) if word)
+    data = f"{d.name} ({d.source}), {d.sequences} sequences of {d.seq_len} tokens, seed {c.seed}"
+    return Origin(m.name, base, m.license, data, dict(_student(student)["recipe"]))
 
 
 def _check_ids(c: RunConfig, tokenizer: Any) -> Tensor:
@@ -213,16 +223,26 @@ def _block_metrics(section: str, figures: list[dict[str, float]], context: StepC
     errors = [b["block_rel_mse"] for b in figures]
     curves = {name: [b[name] for b in figures] for name in ("block_rel_mse", "loss_before", "loss_after") if all(name in b for b in figures)}
     step = {"stage2": "weight_distill", "stage3": "act_quant"}[section]
-    _finish(context.folder, step, context.config, len(figures), curves)
+    _finish(context, step, len(figures), curves)
     return {f"{section}/block_rel_mse_mean": sum(errors) / len(errors), f"{section}/block_rel_mse_last": errors[-1]}
 
 
-def _finish(folder: Path, stage: str, c: RunConfig, n_blocks: int, curves: dict[str, list[float]]) -> None:
-    """The files that make a folder a student: what it is, and its curves."""
+def _finish(context: StepContext, stage: str, n_blocks: int, curves: dict[str, list[float]]) -> None:
+    """The files that make a folder a student: what it is, how it was made so far, and its curves."""
+    folder, c = context.folder, context.config
     missing = [block_file(folder, i).name for i in range(n_blocks) if not block_file(folder, i).exists()]
     assert not missing, missing
-    _write_json(folder / "student.json", {"schema": STUDENT_SCHEMA, "stage": stage, "n_blocks": n_blocks, "scheme": asdict(c.scheme)})
+    settings = ", ".join(f"{key}={value}" for key, value in vars(getattr(c, stage)).items() if key != "enabled")
+    recipe = [*(_student(context.inputs["student"])["recipe"] if "student" in context.inputs else []), [stage, settings]]
+    about = {"schema": STUDENT_SCHEMA, "stage": stage, "n_blocks": n_blocks, "scheme": asdict(c.scheme), "recipe": recipe}
+    _write_json(folder / "student.json", about)
     _write_json(folder / "curves.json", {name: [[i, v] for i, v in enumerate(values)] for name, values in curves.items()})
+
+
+def _student(folder: Path) -> dict[str, Any]:
+    """What a student's folder says about it."""
+    about: dict[str, Any] = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    return about
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -53,6 +53,16 @@ struct Factors {
   float clip_max, clip_min, knee_low, knee_high;
 };
 
+// A plain linear layer stored in 16 bits: weight (out, in) fp16, or bf16 where `bf16` is not 0.
+struct HalfWeight {
+  const uint16_t* weight;
+  int64_t out, in;
+  int32_t bf16;
+};
+
+// Rows [first, last) of y (m, out) = x (m, in) times the weight, transposed. level: 1 AVX2 with F16C and FMA, 2 AVX-512.
+void half_linear(const HalfWeight& h, const float* x, int64_t m, float* y, int32_t level, int64_t first, int64_t last);
+
 // Each handles tiles [first, last) and all tokens. The AMX one takes q padded to whole blocks of 16 tokens.
 void matmul_avx2(const Lut8Weight& w, const Product& p, int64_t first, int64_t last);
 void matmul_avx512(const Lut8Weight& w, const Product& p, int64_t first, int64_t last);

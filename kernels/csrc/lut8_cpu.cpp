@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int kAvx2 = 1, kVnni = 2, kAmx = 4;
+constexpr int kAvx2 = 1, kVnni = 2, kAmx = 4, kHalf = 8;
 constexpr int64_t kSlab = 64;  // tokens: a multiple of the blocks that every path works in
 constexpr int64_t kWorkPerThread = 1 << 18;  // products below which a second thread costs more than it brings
 
@@ -38,6 +38,9 @@ int detect() {
   __builtin_cpu_init();
   int found = 0;
   if (__builtin_cpu_supports("avx2")) found |= kAvx2;
+  unsigned a1 = 1, b1 = 0, c1 = 0, d1 = 0;
+  __asm__ volatile("cpuid" : "+a"(a1), "=b"(b1), "+c"(c1), "=d"(d1));
+  if ((found & kAvx2) && __builtin_cpu_supports("fma") && (c1 >> 29 & 1)) found |= kHalf;  // f16c
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
     found |= kVnni;
@@ -76,7 +79,7 @@ extern "C" {
 
 const char* lut8_source_digest() { return LUT8_SOURCE_DIGEST; }
 
-// Bits: 1 AVX2, 2 AVX-512 VNNI, 4 AMX int8.
+// Bits: 1 AVX2, 2 AVX-512 VNNI, 4 AMX int8, 8 F16C and FMA.
 int lut8_features() {
   static const int found = detect();
   return found;
@@ -122,19 +125,41 @@ void lut8_matmul(const lut8::Lut8Weight* w, const uint8_t* q, int64_t stride, in
   });
 }
 
-// A few tokens, quantized and multiplied in one call: a decode step is too short to pay for two. q, scale and zero live in
-// scratch of the calling thread; x (m, in) floats -> y (m, out). factors: top, then clip_max, clip_min, knee_low, knee_high.
-void lut8_forward(const lut8::Lut8Weight* w, const float* x, int64_t m, int32_t top, const float* factors, float* y, int32_t level,
-                  int32_t threads) {
+// A few tokens of one input, quantized once and multiplied by `count` weights in one call: a decode step is too short to pay for
+// more. q, scale and zero live in scratch of the calling thread; x (m, in) floats -> y[i] (m, out of weight i). factors: clip_max,
+// clip_min, knee_low, knee_high. The tiles of all weights are one range that threads share.
+void lut8_forward(const lut8::Lut8Weight* const* w, int64_t count, const float* x, int64_t m, int32_t top, const float* factors,
+                  float* const* y, int32_t level, int32_t threads) {
   static thread_local std::vector<uint8_t> q;
   static thread_local std::vector<float> scale;
   static thread_local std::vector<int32_t> zero;
-  const int64_t stride = (w->in + lut8::kPad - 1) / lut8::kPad * lut8::kPad;
+  const int64_t in = w[0]->in, stride = (in + lut8::kPad - 1) / lut8::kPad * lut8::kPad;
   q.resize(static_cast<size_t>(m * stride));
   scale.resize(static_cast<size_t>(m));
   zero.resize(static_cast<size_t>(m));
-  lut8_quantize(x, m, w->in, top, factors[0], factors[1], factors[2], factors[3], q.data(), stride, scale.data(), zero.data(), 1,
-                level, threads);
-  lut8_matmul(w, q.data(), stride, m, scale.data(), zero.data(), y, nullptr, level, threads);
+  lut8_quantize(x, m, in, top, factors[0], factors[1], factors[2], factors[3], q.data(), stride, scale.data(), zero.data(), 1, level,
+                threads);
+  const auto run = level >= 2 ? lut8::matmul_avx512 : lut8::matmul_avx2;
+  int64_t tiles = 0, rows = 0;
+  for (int64_t i = 0; i < count; ++i) tiles += w[i]->tiles, rows += w[i]->out;
+  const uint8_t* codes = q.data();  // of this thread: the names above mean another thread's scratch in the others
+  const float* s = scale.data();
+  const int32_t* z = zero.data();
+  parallel(tiles, useful_threads(m * rows * in, threads), [&](int64_t first, int64_t last) {
+    int64_t start = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t from = first - start > 0 ? first - start : 0, to = last - start < w[i]->tiles ? last - start : w[i]->tiles;
+      if (from < to) run(*w[i], lut8::Product{codes, stride, m, s, z, y[i], nullptr}, from, to);
+      start += w[i]->tiles;
+    }
+  });
+}
+
+// x (m, in) floats -> y (m, out), weights stored in 16 bits.
+void lut8_half_linear(const uint16_t* weight, int64_t out, int64_t in, int32_t bf16, const float* x, int64_t m, float* y, int32_t level,
+                      int32_t threads) {
+  const lut8::HalfWeight h{weight, out, in, bf16};
+  parallel(out, useful_threads(m * out * in, threads),
+           [&](int64_t first, int64_t last) { lut8::half_linear(h, x, m, y, level, first, last); });
 }
 }

@@ -83,7 +83,7 @@ def piecewise_values(zero_point: Tensor, knee_low: float, knee_high: float) -> T
     a = torch.round(_fp32(knee_low, z) * z)
     b = torch.round(_fp32(knee_high, z) * (PIECEWISE_TOP - z))
     values = [torch.round(i * (z - a) / 4) for i in range(4)]
-    values += [(z - a) + torch.round(j * (a + b) / 7) for j in range(8)]
+    values += [(z - a) + torch.round(j * (a + b) / _fp32(7, z)) for j in range(8)]
     values += [(z + b) + torch.round(i * (PIECEWISE_TOP - z - b) / 4) for i in range(1, 5)]
     return torch.stack(values, dim=-1)
 
@@ -98,7 +98,7 @@ def token_scale(x: Tensor, factors: ActFactors) -> tuple[Tensor, Tensor]:
     lo = x.amin(-1, keepdim=True).clamp(max=0)
     low_part = _fp32(factors.clip_min, x) * lo
     span = _fp32(factors.clip_max, x) * hi - low_part
-    scale = span / top
+    scale = span / _fp32(top, x)  # by a tensor: a GPU multiplies by the rounded reciprocal of a number
     scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
     scale = torch.where(torch.isfinite(scale), scale, torch.full_like(scale, math.nan))
     zero = torch.round(-low_part / scale).clamp(0, top)

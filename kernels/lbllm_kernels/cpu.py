@@ -11,13 +11,14 @@ described in `kernels/csrc/lut8.h`; this file loads it, derives its layout, and 
 
 **Threads** are torch's (`torch.get_num_threads()`), through the OpenMP run-time that torch has loaded.
 
-**Trade-off.** The derived layout is a second copy of the codes (2 bits a weight) beside the stored one.
+**Trade-off.** The layout is not the stored one; `stored` gives that back bit by bit, so that nobody needs to keep both.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class Library:
     levels: tuple[int, ...]
     openmp: bool
     reason: str
+    half: bool = False  # 16-bit weights of plain linears
 
 
 @functools.cache
@@ -71,7 +73,7 @@ def library() -> Library:
     features = functions.lut8_features()
     levels = tuple(level for level, bit in ((AVX2, 1), (AVX512, 2), (AMX, 4)) if features & bit)
     reason = f"{path.name}: {', '.join(LEVEL_NAMES[level] for level in levels)}" if levels else "this processor has no AVX2"
-    return Library(functions if levels else None, levels, bool(functions.lut8_has_openmp()), reason)
+    return Library(functions if levels else None, levels, bool(functions.lut8_has_openmp()), reason, bool(features & 8))
 
 
 def _only_object() -> Path | None:
@@ -85,8 +87,9 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lut8_quantize.restype = functions.lut8_matmul.restype = None
     functions.lut8_quantize.argtypes = [pointer, wide, wide, narrow, *[real] * 4, pointer, wide, pointer, pointer, *[narrow] * 3]
     functions.lut8_matmul.argtypes = [pointer, pointer, wide, wide, *[pointer] * 4, narrow, narrow]
-    functions.lut8_forward.restype = None
-    functions.lut8_forward.argtypes = [pointer, pointer, wide, narrow, pointer, pointer, narrow, narrow]
+    functions.lut8_forward.restype = functions.lut8_half_linear.restype = None
+    functions.lut8_forward.argtypes = [pointer, wide, pointer, wide, narrow, pointer, pointer, narrow, narrow]
+    functions.lut8_half_linear.argtypes = [pointer, wide, wide, narrow, pointer, wide, pointer, narrow, narrow]
 
 
 def unsupported(packed: PackedWeight) -> str | None:
@@ -134,6 +137,7 @@ class CpuWeight:
             raise ValueError(f"the CPU path does not take this weight: {why}")
         bias = packed.bias if bias is None else bias
         words = group_codes = codebook = None
+        self.entries = MAX_CODEBOOK if packed.codebook is None else packed.codebook.numel()
         if packed.levels is not None:
             words = tile_groups(packed.levels)
         elif packed.group_codes is not None and packed.codebook is not None:
@@ -148,12 +152,13 @@ class CpuWeight:
     def from_layout(cls, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> CpuWeight:
         """The same from tensors that are laid out already: codes, words, group_codes, codebook, row_scale, row_sums, bias."""
         self = cls.__new__(cls)
+        self.entries = MAX_CODEBOOK
         self._fill(in_features, out_features, group_size, *tensors)
         return self
 
     def _fill(self, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> None:
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        self.codes, self.words, self.group_codes, self.codebook, self.row_scale, self.row_sums, self.bias = tensors
+        self.codes, self.words, self.group_codes, self.codebook, self.row_scale, self.row_sums, self.bias = self.layout = tensors
         tiles, chunks, groups = self._check()
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         self._block = _Weight(out_features, in_features, group_size, chunks, groups, tiles, *pointers)
@@ -193,12 +198,13 @@ class CpuTokens:
     in_features: int
 
 
-def best_level(tokens: int) -> int:
-    """The fastest instruction set here for so many tokens. RuntimeError when the path is absent."""
+def best_level(tokens: int, most: int = AMX) -> int:
+    """The fastest instruction set here, up to `most`, for so many tokens. RuntimeError when the path is absent."""
     levels = library().levels
     if not levels:
         raise RuntimeError(library().reason)
-    return levels[-1] if levels[-1] < AMX or tokens >= AMX_FROM else levels[-2]
+    best = levels[-1] if levels[-1] < AMX or tokens >= AMX_FROM else levels[-2]
+    return min(best, most)
 
 
 def _buffer(tokens: int, in_features: int) -> Tensor:
@@ -247,31 +253,63 @@ def _call(weight: CpuWeight, tokens: CpuTokens, y: Tensor | None, acc: Tensor | 
 
 
 class Fused:
-    """Quantizer and product of one layer in one call, for few tokens: what a decode step runs."""
+    """Quantizer and products of the layers that read one input, in one call, for few tokens: what a decode step runs."""
 
-    def __init__(self, weight: CpuWeight, factors: ActFactors):
-        """Raises RuntimeError when the path is absent, ValueError for a variant without codes."""
+    def __init__(self, weights: Sequence[CpuWeight], factors: ActFactors, most: int = AVX512):
+        """Raises RuntimeError when the path is absent, ValueError for a variant without codes or weights of different inputs."""
         functions = library().functions
         if functions is None:
             raise RuntimeError(library().reason)
         if factors.variant not in ("uniform", "piecewise"):
             raise ValueError(f"activation variant {factors.variant!r} has no per-token codes")
-        self._weight, self._run, self._level = weight, functions.lut8_forward, best_level(1)
+        if not weights or any(w.in_features != weights[0].in_features for w in weights):
+            raise ValueError(f"the layers of one input must take the same channels, got {[w.in_features for w in weights]}")
+        self._weights, self._run, self._level = tuple(weights), functions.lut8_forward, best_level(1, most)
         self._top = UNIFORM_TOP if factors.variant == "uniform" else PIECEWISE_TOP
         self._factors = (ctypes.c_float * 4)(factors.clip_max, factors.clip_min, factors.knee_low, factors.knee_high)
         self._factors_at = ctypes.addressof(self._factors)
-        self._in, self._out = weight.in_features, weight.out_features
-        self._most = FUSED_UP_TO * weight.in_features
+        self._pointers = (ctypes.c_void_p * len(weights))(*(w.address for w in weights))
+        self._pointers_at, self._array = ctypes.addressof(self._pointers), ctypes.c_void_p * len(weights)
+        self._in, self._outs = weights[0].in_features, tuple(w.out_features for w in weights)
+        self._most = FUSED_UP_TO * self._in
 
     def takes(self, x: Tensor) -> bool:
         """Whether `x (..., in)` may go this way: fp32, contiguous, on the CPU, few tokens."""
         return x.dtype is torch.float32 and 0 < x.numel() <= self._most and x.shape[-1] == self._in and x.is_contiguous() and x.is_cpu
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x (..., in)` that `takes` accepted -> fp32 `(..., out)`."""
-        y = torch.empty((*x.shape[:-1], self._out), dtype=torch.float32, device=_CPU)
-        self._run(self._weight.address, x.data_ptr(), x.numel() // self._in, self._top, self._factors_at, y.data_ptr(), self._level, torch.get_num_threads())
-        return y
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """`x (..., in)` that `takes` accepted -> fp32 `(..., out)` of each layer."""
+        shape = x.shape[:-1]
+        ys = [torch.empty((*shape, out), dtype=torch.float32, device=_CPU) for out in self._outs]
+        to = self._array(*[y.data_ptr() for y in ys])
+        self._run(
+            self._pointers_at, len(ys), x.data_ptr(), x.numel() // self._in, self._top, self._factors_at, ctypes.addressof(to), self._level,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return ys
+
+
+def half_linear(x: Tensor, weight: Tensor, level: int = 0) -> Tensor:
+    """`x (..., in)` fp32 times `weight (out, in)` fp16 or bf16, transposed -> fp32 `(..., out)`; the order of sums is csrc/half_linear.cpp's.
+
+    ValueError on another type, device or layout; RuntimeError when the path is absent (`library().half`).
+    """
+    found = library()
+    if found.functions is None or not found.half:
+        raise RuntimeError(f"16-bit linears need F16C and FMA: {found.reason}")
+    if weight.dtype not in (torch.float16, torch.bfloat16) or weight.dim() != 2 or not weight.is_contiguous() or not weight.is_cpu:
+        raise ValueError(f"weight must be a contiguous fp16 or bf16 CPU matrix, got {weight.dtype} {tuple(weight.shape)} on {weight.device}")
+    out, channels = weight.shape
+    if x.dtype != torch.float32 or x.dim() < 1 or x.shape[-1] != channels or not x.is_cpu:
+        raise ValueError(f"x must be fp32 (..., {channels}) on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], out), dtype=torch.float32, device=_CPU)
+    if y.numel():
+        found.functions.lut8_half_linear(
+            weight.data_ptr(), out, channels, int(weight.dtype == torch.bfloat16), x.data_ptr(), x.numel() // channels, y.data_ptr(),
+            level or best_level(1), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
 
 
 def linear(tokens: CpuTokens, weight: CpuWeight, level: int = 0) -> Tensor:
@@ -295,6 +333,36 @@ def accumulate(q: Tensor, weight: CpuWeight, level: int = 0) -> Tensor:
         ones, zeros = (torch.ones(q.shape[0], dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.int32))
         _call(weight, CpuTokens(ordered, ones, zeros, q.shape[0], weight.in_features), None, acc, level)
     return acc
+
+
+def deinterleave(tokens: CpuTokens) -> Tensor:
+    """The codes of interleaved tokens as int8 `(M, in)` in channel order: the inverse of `interleave`."""
+    q = tokens.q[: tokens.tokens].view(torch.int8)
+    return q.view(tokens.tokens, q.shape[1] // CHUNK, 4, 4).transpose(2, 3).reshape(tokens.tokens, q.shape[1])[:, : tokens.in_features]
+
+
+def untile_codes(tiles: Tensor, out: int, in_features: int) -> Tensor:
+    """The inverse of `tile_codes`."""
+    rows = tiles.transpose(1, 2).contiguous().view(torch.uint8).view(tiles.shape[0] * ROWS, -1)
+    return rows[:out, : -(-in_features // 4)].contiguous()
+
+
+def untile_groups(tiles: Tensor, out: int) -> Tensor:
+    """The inverse of `tile_groups`."""
+    return tiles.transpose(1, 2).reshape(tiles.shape[0] * ROWS, -1)[:out].contiguous()
+
+
+def stored(weight: CpuWeight) -> PackedWeight:
+    """The tensors of the format again, bit by bit: the layout only moves them."""
+    out = weight.out_features
+    levels = None if weight.words is None else untile_groups(weight.words, out)
+    group_codes = None if weight.group_codes is None else untile_groups(weight.group_codes, out)
+    codebook = None if weight.codebook is None else weight.codebook[: weight.entries]
+    bias = None if weight.bias is None else weight.bias[:out]
+    assert weight.codes is not None
+    assert weight.row_scale is not None
+    codes = untile_codes(weight.codes, out, weight.in_features)
+    return PackedWeight(codes, weight.row_scale[:out], weight.in_features, weight.group_size, levels, group_codes, codebook, bias)
 
 
 def codes_in_order(tokens: CpuTokens) -> Tensor:

@@ -170,6 +170,12 @@ def rows_of(packed: PackedWeight, start: int, stop: int) -> PackedWeight:
     return replace(packed, **cut)
 
 
+def to_device(packed: PackedWeight, device: torch.device) -> PackedWeight:
+    """The same weight with its tensors on `device`."""
+    moved = {name: getattr(packed, name).to(device) for name in (*PER_ROW, "codebook", "perm") if getattr(packed, name) is not None}
+    return replace(packed, **moved)
+
+
 def _require(ok: bool, tensor: str, rule: str) -> None:
     if not ok:
         raise FormatError(f"{tensor}: {rule}")

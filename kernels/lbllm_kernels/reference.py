@@ -13,6 +13,8 @@ The subtraction is made in int32, and only then converted; the three float opera
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,10 @@ CHUNK = 1024
 def int_matmul(q: Tensor, weight: Tensor) -> Tensor:
     """Exact `q int8 (M, in)` times `weight int8 (out, in)`, transposed -> int32 `(M, out)`."""
     acc = torch.zeros((q.shape[0], weight.shape[0]), dtype=torch.int32, device=q.device)
-    for start in range(0, q.shape[1], CHUNK):
-        part = slice(start, start + CHUNK)
-        acc += (q[:, part].to(torch.float32) @ weight[:, part].to(torch.float32).T).to(torch.int32)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the sums to half precision
+        for start in range(0, q.shape[1], CHUNK):
+            part = slice(start, start + CHUNK)
+            acc += (q[:, part].to(torch.float32) @ weight[:, part].to(torch.float32).T).to(torch.int32)
     return acc
 
 
@@ -47,6 +50,62 @@ def finish(acc: Tensor, scale: Tensor, zero_point: Tensor, sums: Tensor, row_sca
     """int32 sums -> fp32 outputs: `(s * row_scale) * (acc - z * rowsum) + bias`. `scale`, `zero_point` are (M, 1)."""
     y = (scale * row_scale) * (acc - zero_point * sums).to(torch.float32)
     return y if bias is None else y + bias
+
+
+@dataclass(frozen=True)
+class ReferenceTokens:
+    """Quantized tokens: `q int8 (M, in)`, `scale` fp32 and `zero` int32 `(M, 1)`."""
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+class ReferenceWeight:
+    """A packed weight expanded to int8 `(out, in)`: making it at each call costs more than the product."""
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None):
+        """`bias` fp32 (out,) overrides `packed.bias`. With outlier channels only `linear` gives the layer's outputs."""
+        weight = int8_weight(packed)
+        self._fill(weight, weight.sum(1, dtype=torch.int32), packed.row_scale, packed.bias if bias is None else bias)
+
+    @classmethod
+    def from_layout(cls, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> ReferenceWeight:
+        """The same from the tensors of `layout`: int8 weight, row sums, row_scale, bias."""
+        weight, sums, row_scale, bias = tensors
+        assert weight is not None
+        assert sums is not None
+        assert row_scale is not None
+        self = cls.__new__(cls)
+        self._fill(weight, sums, row_scale, bias)
+        return self
+
+    def _fill(self, weight: Tensor, sums: Tensor, row_scale: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.row_sums, self.row_scale, self.bias = weight, sums, row_scale, bias
+        self.layout = (weight, sums, row_scale, bias)
+
+
+def quantize(x: Tensor, factors: ActFactors) -> ReferenceTokens:
+    """`x (M, in)` of any float dtype -> tokens."""
+    return ReferenceTokens(*quantize_activations(x, factors))
+
+
+def product(tokens: ReferenceTokens, weight: ReferenceWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Outputs `(M, out)` of quantized tokens, rounded once to `dtype`."""
+    acc = int_matmul(tokens.q, weight.weight)
+    return finish(acc, tokens.scale, tokens.zero, weight.row_sums, weight.row_scale, weight.bias).to(dtype)
+
+
+def sums(q: Tensor, weight: ReferenceWeight) -> Tensor:
+    """int32 sums `(M, out)` of codes `q int8 (M, in)`. Raises ValueError on a wrong q."""
+    check_codes(q, weight.weight.shape[1])
+    return int_matmul(q, weight.weight)
+
+
+def unquantized(x: Tensor, weight: ReferenceWeight) -> Tensor:
+    """`x (M, in)` times the dequantized weights, in fp32 (activations of 16 bits)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x.to(torch.float32), weight.weight.to(torch.float32) * weight.row_scale[:, None], weight.bias)
 
 
 def linear(x: Tensor, packed: PackedWeight, factors: ActFactors, bias: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lbllm_kernels import cpu, dispatch, reference
+from lbllm_kernels import dispatch, reference
 from lbllm_kernels.activation import quantize_activations
 from torch import Tensor, nn
 
@@ -88,10 +88,11 @@ def compare_integers(linear: PackedLinear, x: Tensor) -> tuple[int, int]:
     q, scale, zero = quantize_activations(x, values)
     acc = dispatch.accumulate(q, prepared)
     compared, wrong = acc.numel(), int((acc != reference.accumulate(q, prepared.packed)).sum())
-    if prepared.choice.is_cpu:
-        tokens = cpu.quantize(x, values, interleaved=False)
-        same_scale = (tokens.scale[:, None] == scale) | (torch.isnan(tokens.scale[:, None]) & torch.isnan(scale))
-        wrong += int((cpu.codes_in_order(tokens) != q).sum()) + int((tokens.zero[:, None] != zero).sum()) + int((~same_scale).sum())
+    route = prepared.route(x.shape[0])
+    if route.path.name != "reference":
+        ours, our_scale, our_zero = route.path.in_order(dispatch.quantize(x, values, route))
+        same_scale = (our_scale == scale) | (torch.isnan(our_scale) & torch.isnan(scale))
+        wrong += int((ours != q).sum()) + int((our_zero != zero).sum()) + int((~same_scale).sum())
         compared += q.numel() + 2 * scale.numel()
     return compared, wrong
 
@@ -110,7 +111,8 @@ def check_integers(model: nn.Module, ids: Tensor) -> IntegerCheck:
         if linear.site.variant == "none":
             return
         flat = x.reshape(-1, x.shape[-1])
-        for part in (flat, flat[:1]):
+        ends = [route.up_to for route in linear.prepared.routes if route.up_to is not None]
+        for part in (flat, flat[:1], *(flat[:end] for end in ends)):  # one number of tokens for every path that the layer may take
             seen, wrong = compare_integers(linear, part)
             compared, mismatches = compared + seen, mismatches + wrong
             first = first or (name if wrong else "")

@@ -5,8 +5,9 @@
     load_s          from nothing but imported libraries to a model that can answer (once)
     prefill_tok_s   prompt tokens a second, one pass over `prefill_tokens`, logits of the last token only
     decode_tok_s    tokens a second of greedy generation with the key-value cache, after that prompt, batch 1
-    peak_gb         highest resident memory of the whole process; `baseline_gb` is what the imported libraries take before.
-                    On a GPU: the most memory that tensors took there, without a baseline
+    peak_gb         highest resident memory of the whole process; on a GPU, of its memory
+    baseline_gb     resident memory when all libraries are loaded and a toy model of two blocks has answered once, but no model is there
+    model_peak_gb   peak_gb less baseline_gb: what the model, its loading and its answers took
     weights_gb      bytes of parameters and buffers, and of derived layouts
 
 **How.** Each model runs in a process of its own (`python -m lbllm_core.evaluation.speed`, a JSON request on stdin, a JSON answer on
@@ -75,12 +76,10 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers (shared ones once) and of the layouts that packed linears derived from them."""
     from lbllm_core.model.packed import packed_linears
 
-    seen = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    held: list[Tensor | None] = [*model.parameters(), *model.buffers()]
     for _, linear in packed_linears(model):
-        prepared = linear.prepared
-        fast = prepared.fast
-        derived = [prepared.weight, prepared.sums] if fast is None else [fast.codes, fast.words, fast.group_codes, fast.codebook, fast.row_scale, fast.row_sums, fast.bias]
-        seen |= {t.data_ptr(): t.numel() * t.element_size() for t in derived if t is not None}
+        held += [t for route in linear.prepared.routes for t in route.weight.layout]
+    seen = {(t.device, t.data_ptr()): t.numel() * t.element_size() for t in held if t is not None}
     return sum(seen.values())
 
 
@@ -98,13 +97,14 @@ def resident_gb(peak: bool) -> float:
 
 def measure_packed(folder: Path, prefill_tokens: int, decode_tokens: int, repeats: int, device: str = "cpu") -> dict[str, float]:
     """All figures of a packed folder, in a fresh process. Raises LbllmError with the child's words when it fails."""
-    return _in_fresh_process({"packed": str(folder), "device": device, "prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "repeats": repeats})
+    amounts = {"prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "repeats": repeats, "device": device}
+    return _in_fresh_process({"packed": str(folder), **amounts})
 
 
 def measure_teacher(config: ModelConfig, home: Path, prefill_tokens: int, decode_tokens: int, repeats: int, device: str = "cpu") -> dict[str, float]:
     """All figures of a teacher in fp32, in a fresh process."""
-    settings = {"model": {**vars(config)}, "home": str(home)}
-    return _in_fresh_process({"teacher": settings, "device": device, "prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "repeats": repeats})
+    amounts = {"prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "repeats": repeats, "device": device}
+    return _in_fresh_process({"teacher": {"model": {**vars(config)}, "home": str(home)}, **amounts})
 
 
 def _in_fresh_process(request: Mapping[str, Any]) -> dict[str, float]:
@@ -122,29 +122,46 @@ def _loader(request: Mapping[str, Any]) -> Callable[[], Any]:
     """Imports what loading needs, and returns the function whose time is `load_s`."""
     from transformers import AutoModelForCausalLM  # noqa: F401  (libraries are part of the baseline, models are not)
 
+    device = str(request["device"])
     if "packed" in request:
         from lbllm_core.model.packed_folder import load_packed
 
-        return lambda: load_packed(Path(request["packed"]), request["device"])
+        return lambda: load_packed(Path(request["packed"]), device)
     from lbllm_core.model.load import load_teacher
 
     config = ModelConfig(**request["teacher"]["model"])
-    return lambda: load_teacher(config, Path(request["teacher"]["home"])).model.to(request["device"])
+    return lambda: load_teacher(config, Path(request["teacher"]["home"])).model.to(device)
+
+
+def _wake_libraries(device: str) -> None:
+    """Let a toy model answer once: much of torch and transformers is loaded at first use, and is no model's memory."""
+    from lbllm_core.model.tiny import untrained
+
+    with torch.no_grad():
+        untrained(0).to(device).generate(torch.ones(1, 8, dtype=torch.int64, device=device), max_new_tokens=2, do_sample=False)
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, float]:
     """What the fresh process does."""
     torch.set_num_threads(int(request["threads"]))
-    load = _loader(request)
-    on_gpu = request["device"].startswith("cuda")
-    baseline = 0.0 if on_gpu else resident_gb(peak=False)
+    load, device = _loader(request), str(request["device"])
+    _wake_libraries(device)
+    baseline = memory_gb(device, peak=False)
     start = time.perf_counter()
     model = load()
     load_s = time.perf_counter() - start
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     figures = measure_model(model, vocabulary, int(request["prefill_tokens"]), int(request["decode_tokens"]), int(request["repeats"]))
-    memory = {"peak_gb": torch.cuda.max_memory_allocated() / GB if on_gpu else resident_gb(peak=True), "baseline_gb": baseline, "weights_gb": weight_bytes(model) / GB}
+    peak = memory_gb(device, peak=True)
+    memory = {"peak_gb": peak, "baseline_gb": baseline, "model_peak_gb": max(0.0, peak - baseline), "weights_gb": weight_bytes(model) / GB}
     return {"load_s": load_s, **figures, **memory, "threads": float(torch.get_num_threads())}
+
+
+def memory_gb(device: str, peak: bool) -> float:
+    """Memory of the process, or of its tensors on a GPU, now or at most."""
+    if device.startswith("cuda"):
+        return (torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)) / GB
+    return resident_gb(peak)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ folder. `save_pretrained` writes what `pack_student` wrote: parameters in the na
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lbllm_core.errors import ArtifactError
 from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
-from lbllm_core.model.packed_folder import check_header, expected_tensors, narrow, read_header
-from lbllm_core.quant.kv_cache import set_kv_bits
+from lbllm_core.model.packed_file import check_header, checked_tensors, checksums, read_header
+from lbllm_core.model.packed_folder import expected_tensors, finish_loading, narrow
 
 
 class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -52,8 +54,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         where = str(getattr(model.config, "name_or_path", "") or "the packed model")
         finalize(model, where)
-        if self.quantization_config.checked(where).kv_bits == 4:
-            set_kv_bits(model, 4)
+        finish_loading(model, self.quantization_config.checked(where))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -66,7 +67,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                 state[name] = made[id(tensor)]
             else:
                 state[name] = tensor
-        return state, {}
+        return state, checksums(state)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -81,9 +82,17 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _check_files(files: list[str], model: Any) -> None:
-    """Compare the headers of the weight files with the skeleton. Raises ArtifactError naming the first difference."""
+    """Compare names, types, shapes and bytes of the weight files with the skeleton and their checksums. Raises ArtifactError naming the first fault."""
+    folder = Path(str(getattr(model.config, "name_or_path", "")))
+    home = os.path.normpath(folder if folder.is_dir() else os.path.dirname(files[0]))
+    for path in files:
+        if os.path.normpath(os.path.dirname(path)) != home:  # an index can name any path
+            raise ArtifactError(f"{home}: the index of its weights points to {path}, outside of the folder; nothing was read from there")
     found = {name: entry for path in files for name, entry in read_header(Path(path)).items()}
     check_header(str(Path(files[0]).parent), expected_tensors(model), found)
+    for path in files:
+        for _ in checked_tensors(Path(path)):
+            pass
 
 
 def register() -> None:

@@ -7,14 +7,15 @@ activations with one scale and zero point a token. A decoder block keeps its sha
 
 **Sites.** q, k and v read the same tensor, and so do gate and up: an `ActSite` quantizes it once. It remembers the result for the
 very tensor object it saw (a weak reference and the version counter, so neither a recycled object nor an in-place change can be
-mistaken for it) and forgets it as soon as every linear of the site has read it. A decode step's few tokens are quantized again by each reader, inside
-one call with the product: that is cheaper than sharing.
+mistaken for it) and forgets it as soon as every linear of the site has read it. A decode step's few tokens go further: the first reader
+runs the products of all of them in one call, and the others find their outputs waiting. Half the calls, one quantization.
 
 **Precision.** Row scales, biases and activation factors stay fp32 whatever `.half()` or `.to(bfloat16)` is applied to the model: they
 are part of the format, not of the model's compute type.
 
 **Shapes.** `x (..., in)` -> `(..., out)` in x's dtype. Inference only: a gradient through it is refused, not silently zero.
-**Trade-off.** The fast path keeps its own layout beside the stored codes: 2 more bits a weight of memory, none on disk.
+**Memory.** The C++ path has its own layout, from which the stored tensors can be made again bit by bit. So a prepared linear lets go of
+`codes` and `levels` or `group_codes`; `state_dict`, a move to another device, or asking for the buffer brings them back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +32,14 @@ from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import FORMAT_VERSION, FormatError, PackedWeight, count_groups, validate
 from torch import Tensor, nn
 
-from lbllm_core.errors import ArtifactError
+from lbllm_core.errors import ArtifactError, ModelError
 from lbllm_core.model.blocks import SITE_OF, SITES, Decoder, linears_of, linears_of_site
+from lbllm_core.model.half import keep_half
 
 QUANT_METHOD = "lbllm"
 FLOAT_BUFFERS = ("row_scale", "bias", "factors")
+GIVEN_UP = ("codes", "levels", "group_codes")  # buffers that a prepared C++ layout can give back
+FUSED_LEVEL = {"cpu_avx2": cpu.AVX2}  # where a path is forced below what the processor has
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,17 @@ def scheme_from_dict(values: dict[str, Any], where: str) -> PackedScheme:
 
 @dataclass
 class _Memo:
+    """What was computed from one tensor: its tokens for a path, or the outputs that wait for their readers (few tokens)."""
+
     source: weakref.ref[Tensor]
     version: int
-    tokens: dispatch.Tokens
-    readers_left: int
+    tokens: Any = None
+    path: str = ""
+    readers_left: int = 0
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+    def is_of(self, x: Tensor) -> bool:
+        return self.source() is x and self.version == x._version
 
 
 class ActSite(nn.Module):
@@ -103,7 +114,20 @@ class ActSite(nn.Module):
         self.variant, self.readers = variant, readers
         self.register_buffer("factors", torch.tensor([1.0, 1.0, 0.25, 0.25], dtype=torch.float32, device=device))
         self.values: ActFactors | None = None
+        self._members: list[weakref.ref[PackedLinear]] = []
         self._memo: _Memo | None = None
+        self._all: tuple[list[int], cpu.Fused] | None = None
+
+    def forget(self, tokens: bool = True) -> None:
+        """Drop what was derived from the members' weights, and `tokens`, which are derived from the factors alone."""
+        self._all = None
+        if tokens or (self._memo is not None and self._memo.outputs):
+            self._memo = None
+
+    def join(self, reader: PackedLinear) -> None:
+        """`reader` reads this site's input."""
+        self._members = [m for m in self._members if m() is not None] + [weakref.ref(reader)]
+        self.forget()
 
     def prepare(self) -> ActFactors:
         """Read the factors out of the buffer. Raises FormatError when they are not valid."""
@@ -111,33 +135,61 @@ class ActSite(nn.Module):
             self.values = ActFactors(self.variant, *self.factors.tolist())
         except ValueError as error:
             raise FormatError(f"factors: {error}") from error
-        self._memo = None
+        self.forget()
         return self.values
 
-    def tokens(self, x: Tensor, choice: dispatch.Choice) -> dispatch.Tokens:
+    def tokens(self, x: Tensor, route: dispatch.Route) -> Any:
         """The quantized tokens of `x`, computed at its first reader and shared with the others."""
         values = self.values if self.values is not None else self.prepare()
-        memo = self._memo
-        tracked = not x.is_inference()
-        if tracked and memo is not None and memo.source() is x and memo.version == x._version:
+        memo, path = self._memo, route.path.name
+        tracked = not x.is_inference()  # an inference tensor has no version: a change in place could not be seen
+        if tracked and memo is not None and memo.is_of(x) and memo.path == path:
             memo.readers_left -= 1
             if memo.readers_left <= 0:
                 self._memo = None
             return memo.tokens
-        tokens = dispatch.quantize(x.reshape(-1, x.shape[-1]), values, choice)
+        tokens = dispatch.quantize(x.reshape(-1, x.shape[-1]), values, route)
         if tracked and self.readers > 1:
-            self._memo = _Memo(weakref.ref(x), x._version, tokens, self.readers - 1)
+            self._memo = _Memo(weakref.ref(x), x._version, tokens, path, self.readers - 1)
         return tokens
 
+    def few(self, x: Tensor, reader: PackedLinear, alone: cpu.Fused) -> Tensor:
+        """Output of `reader` on few tokens that `alone`, its own call, takes; the first reader computes for all."""
+        if self.readers == 1 or x.is_inference():
+            return alone(x)[0]
+        memo = self._memo
+        if memo is not None and memo.is_of(x):
+            waiting = memo.outputs.pop(id(reader), None)
+            if waiting is not None:
+                if not memo.outputs:
+                    self._memo = None
+                return waiting
+        keys, fused = self._all if self._all is not None else self._prepare_all()
+        outputs = dict(zip(keys, fused(x), strict=True))
+        mine = outputs.pop(id(reader))
+        self._memo = _Memo(weakref.ref(x), x._version, outputs=outputs) if outputs else None
+        return mine
+
+    def _prepare_all(self) -> tuple[list[int], cpu.Fused]:
+        """One call for all members on the C++ path. Members are prepared first: that forgets what is derived here."""
+        members = [m for m in (ref() for ref in self._members) if m is not None]
+        ready = [(m, m.prepared.cpu_weight) for m in members]
+        assert self.values is not None
+        weights = [w for _, w in ready if w is not None]
+        level = min(FUSED_LEVEL.get(m.prepared.choice.path, cpu.AVX512) for m, _ in ready)
+        self._all = ([id(m) for m, w in ready if w is not None], cpu.Fused(weights, self.values, level))
+        return self._all
+
     def _apply(self, fn: Any, recurse: bool = True) -> ActSite:
-        self.values, self._memo = None, None
+        self.values = None
+        self.forget()
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         _apply_keeping_fp32(self, before)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_memo": None}
+        return {**self.__dict__, "_memo": None, "_all": None, "_members": []}  # copies of the members join their copy
 
 
 class PackedLinear(nn.Module):
@@ -156,33 +208,66 @@ class PackedLinear(nn.Module):
         self._site = (site,)  # in a tuple: the site is a module of the block, not of each of its readers
         self._prepared: dispatch.Prepared | None = None
         self._fused: cpu.Fused | None = None
+        self._given_up: tuple[str, ...] = ()
         groups = count_groups(in_features, scheme.group_size)
 
         def room(name: str, present: bool, dtype: torch.dtype, *shape: int) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device) if present else None)
 
-        coded = scheme.level_mode == "codebook"
+        self.coded = coded = scheme.level_mode == "codebook"
         room("codes", True, torch.uint8, out_features, -(-in_features // 4))
         room("row_scale", True, torch.float32, out_features)
         room("levels", not coded, torch.int32, out_features, groups)
         room("group_codes", coded, torch.uint8, out_features, groups)
         room("codebook", coded, torch.int32, scheme.codebook_size)
         room("bias", bias, torch.float32, out_features)
+        site.join(self)
 
     @property
     def site(self) -> ActSite:
         return self._site[0]
 
     def packed(self) -> PackedWeight:
-        """The tensors as a value of the format (not copied)."""
+        """The tensors as a value of the format (copied only where they had been given up)."""
+        if self._given_up:
+            return self.prepared.packed
         return PackedWeight(self.codes, self.row_scale, self.in_features, self.group_size, self.levels, self.group_codes, self.codebook, self.bias)
 
     def prepare(self, name: str = "") -> dispatch.Prepared:
-        """Check the tensors and derive the layout of the path that dispatch chooses. Raises FormatError (prefixed by `name`)."""
+        """Check the tensors and derive the layouts of the paths that dispatch chooses.
+
+        Raises FormatError (prefixed by `name`) for broken tensors, ModelError when LBLLM_KERNEL_PATH asks for what cannot be had.
+        """
+        self._take_back()
         values = self.site.values if self.site.values is not None else self.site.prepare()
-        self._prepared = prepared = dispatch.prepare(validate(self.packed(), name), values.variant)
-        self._fused = cpu.Fused(prepared.fast, values) if prepared.fast is not None else None
-        return self._prepared
+        try:
+            prepared = dispatch.prepare(validate(self.packed(), name), values.variant, keep_stored=False)
+        except dispatch.PathError as error:
+            raise ModelError(str(error)) from error
+        self.site.forget(tokens=False)
+        self._prepared = prepared
+        weight = prepared.cpu_weight
+        self._fused = cpu.Fused([weight], values, FUSED_LEVEL.get(prepared.choice.path, cpu.AVX512)) if weight is not None else None
+        if prepared.stored is None:
+            self._given_up = tuple(n for n in GIVEN_UP if self._buffers.get(n) is not None)
+            for given_up in self._given_up:
+                del self._buffers[given_up]
+        return prepared
+
+    def _take_back(self) -> None:
+        """Make the buffers again that were given up."""
+        if not self._given_up:
+            return
+        packed = self.prepared.packed
+        names, self._given_up = self._given_up, ()
+        for name in names:
+            self._buffers[name] = getattr(packed, name)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in GIVEN_UP and name in self.__dict__.get("_given_up", ()):
+            self._take_back()
+            return self._buffers[name]
+        return super().__getattr__(name)
 
     @property
     def prepared(self) -> dispatch.Prepared:
@@ -194,32 +279,60 @@ class PackedLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("a packed linear is for inference only: call the model under torch.no_grad()")
         prepared = self._prepared if self._prepared is not None else self.prepare()
-        if self._fused is not None and not torch.compiler.is_compiling() and self._fused.takes(x):
-            return self._fused(x)
         site = self._site[0]
+        if torch.compiler.is_compiling():
+            values = site.values if site.values is not None else site.prepare()
+            if values.variant == "none" or x.numel() == 0:
+                return dispatch.linear(x, prepared, values)
+            return ops.linear(x, prepared, self.group_size, values)
+        if self._fused is not None and self._fused.takes(x):
+            return site.few(x, self, self._fused)
+        dispatch.check_input(x, prepared)
         values = site.values if site.values is not None else site.prepare()
-        if prepared.fast is not None and torch.compiler.is_compiling():
-            return ops.linear(x, prepared.fast, values)
-        tokens = None if values.variant == "none" else site.tokens(x, prepared.choice)
+        count = x.numel() // self.in_features
+        path = prepared.route(count).path
+        alone = path.forward is not None and (site.readers == 1 or count <= path.alone_up_to)
+        tokens = None if alone or values.variant == "none" else site.tokens(x, prepared.route(count))
         return dispatch.linear(x, prepared, values, tokens)
 
     def extra_repr(self) -> str:
-        mode = "explicit levels" if self.levels is not None else "codebook"
+        mode = "codebook" if self.coded else "explicit levels"
         return f"{self.in_features}, {self.out_features}, group_size={self.group_size}, {mode}, bias={self.bias is not None}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
-        self._prepared = self._fused = None
+        self._forget()
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         _apply_keeping_fp32(self, before)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _forget(self) -> None:
+        """Back to the stored tensors: what was derived from them is about to be wrong."""
+        self._take_back()
         self._prepared = self._fused = None
+        self.site.forget()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._given_up:
+            packed = self.prepared.packed
+            for name in self._given_up:
+                destination[prefix + name] = getattr(packed, name)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None, "_fused": None}
+        buffers = dict(self._buffers)
+        if self._given_up:
+            packed = self.prepared.packed
+            buffers |= {name: getattr(packed, name) for name in self._given_up}
+        return {**self.__dict__, "_buffers": buffers, "_prepared": None, "_fused": None, "_given_up": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.site.join(self)
 
 
 def _apply_keeping_fp32(module: nn.Module, before: dict[str, Tensor | None]) -> None:
@@ -254,8 +367,8 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
             yield name, module
 
 
-def finalize(model: nn.Module, where: str) -> None:
-    """After the tensors are in: check each packed linear, derive its layout, freeze the rest. Raises ArtifactError naming `where`."""
+def finalize(model: nn.Module, where: str, keep_16_bits: bool = True) -> None:
+    """After the tensors are in: check each packed linear, derive its layout, freeze the rest, keep embedding and head in 16 bits. Raises ArtifactError naming `where`."""
     try:
         for module in model.modules():
             if isinstance(module, ActSite):
@@ -268,3 +381,4 @@ def finalize(model: nn.Module, where: str) -> None:
     except FormatError as error:
         raise ArtifactError(f"{where} breaks the packed format: {error}; the file is damaged, pack the model again") from error
     model.requires_grad_(False)
+    keep_half(model, keep_16_bits)

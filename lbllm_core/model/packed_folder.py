@@ -2,6 +2,7 @@
 
     config.json          the transformers configuration, with `quantization_config` = {"quant_method": "lbllm", "format_version": 1, ...}
     model.safetensors    packed linears by the names of the format, sites, norms, embedding, head (a tied one once)
+    README.md            the model card (`card.py`)
     tokenizer files, generation_config.json
 
 **Names.** `<block>.<linear>.codes | row_scale | levels | group_codes | codebook | bias`, `<block>.act_sites.<site>.factors` (fp32:
@@ -20,22 +21,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import pack_codes, pack_levels
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lbllm_core.config import SchemeConfig
 from lbllm_core.errors import ArtifactError, ModelError
 from lbllm_core.model.blocks import SITE_OF, SITES, Decoder
+from lbllm_core.model.card import Origin, card
 from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
+from lbllm_core.model.packed_file import read_header, read_tensors, write_tensors
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.bits import BILL_OF_FAMILY, Bits, add, linear_bits
 from lbllm_core.quant.kv_cache import set_kv_bits
@@ -43,6 +44,8 @@ from lbllm_core.quant.weight import QuantizedWeight, snap
 
 WEIGHTS = "model.safetensors"
 ROUNDING_SQNR_DB = 60.0
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+LARGEST_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,10 @@ def narrow(tensor: Tensor, may_round: bool = False) -> tuple[Tensor, float | Non
     return wide, None
 
 
-def pack_student(teacher: nn.Module, blocks: Iterable[BlockState], folder: Path, scheme: SchemeConfig, tokenizer: Any = None) -> PackReport:
-    """Write the packed folder of a student; `blocks` in order (a generator keeps one block in memory at a time).
+def pack_student(
+    teacher: nn.Module, blocks: Iterable[BlockState], folder: Path, scheme: SchemeConfig, tokenizer: Any = None, origin: Origin | None = None
+) -> PackReport:
+    """Write the packed folder of a student; `blocks` in order (a generator keeps one block in memory at a time). `origin`: for its card.
 
     Levels are snapped to the int8 grid here. Raises ModelError when teacher and blocks do not fit together.
     """
@@ -149,13 +154,15 @@ def pack_student(teacher: nn.Module, blocks: Iterable[BlockState], folder: Path,
         raise ModelError(f"the student has {count} blocks, the teacher {len(view.blocks)}; pack a finished student of this teacher")
     rounded = _add_other_tensors(teacher, view, tensors, replaced)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors)
     _write_config(teacher, form, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    bits, sizes = add(bills), _bytes_by_part(tensors, view)
+    (folder / "README.md").write_text(card(origin or Origin(), form.to_dict(), bits, sizes, rounded, sum(sizes.values())), encoding="utf-8")
     return PackReport(
-        bits=add(bills),
-        tensor_bytes=_bytes_by_part(tensors, view),
+        bits=bits,
+        tensor_bytes=sizes,
         folder_bytes=sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
         teacher_bytes=4 * sum(p.numel() for p in teacher.parameters()),
         rounded=rounded,
@@ -210,22 +217,54 @@ def read_scheme(folder: Path) -> PackedScheme:
     return scheme_from_dict(found, str(path))
 
 
-def load_packed(folder: Path, device: torch.device | str = "cpu") -> Any:
-    """A transformers causal LM in fp32 with packed linears, in eval mode, KV bits set. Raises ArtifactError for a folder that lies."""
+def load_packed(folder: Path, device: torch.device | str = "cpu", *, activations: bool = True, keep_16_bits: bool = True) -> Any:
+    """A transformers causal LM in fp32 with packed linears, in eval mode, KV bits set. Raises ArtifactError for a folder that lies.
+
+    `activations=False`: the A16 view, packed weights on activations and a cache that are left alone. `keep_16_bits=False`: embedding and
+    head as ordinary fp32 modules.
+    """
     scheme = read_scheme(folder)
+    if not activations:
+        scheme = replace(scheme, act_bits=16, act_variant="none", kv_bits=16)
+    _check_sizes(folder)
     model = _skeleton(folder, scheme)
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # stay in their stored type until `finalize`
     for name, tensor in read_tensors(folder / WEIGHTS, expected_tensors(model)):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf in module._buffers:
             module._buffers[leaf] = tensor.to(device)
         else:
-            module._parameters[leaf] = nn.Parameter(tensor.to(torch.float32).to(device), requires_grad=False)
+            wide = tensor if any(module is table for table in tables) else tensor.to(torch.float32)
+            module._parameters[leaf] = nn.Parameter(wide.to(device), requires_grad=False)
     model.tie_weights()
-    finalize(model, str(folder / WEIGHTS))
+    finalize(model, str(folder / WEIGHTS), keep_16_bits)
+    finish_loading(model, scheme)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path, optional: bool = False) -> Any:
+    """The tokenizer of a packed folder; runs no code from it. Raises ArtifactError when it cannot be read (or None, if `optional` and absent)."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if optional:
+            return None
+        raise ArtifactError(f"{folder} has no tokenizer; copy the base model's tokenizer files into it")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"{folder} has no tokenizer that can be read ({first}); copy the base model's tokenizer files into it") from error
+
+
+def finish_loading(model: Any, scheme: PackedScheme) -> None:
+    """The cache that the scheme asks for: attention that rounds to it, and layers that store it."""
+    from lbllm_core.model.cache import install_cache
+
     if scheme.kv_bits == 4:
         set_kv_bits(model, 4)
-    return model.eval()
+    install_cache(model, scheme.kv_bits)
 
 
 def _skeleton(folder: Path, scheme: PackedScheme) -> Any:
@@ -237,13 +276,28 @@ def _skeleton(folder: Path, scheme: PackedScheme) -> Any:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         install_packed_linears(model, scheme)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, ModelError) as error:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    except Exception as error:  # a damaged value can surface anywhere in transformers
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"{folder}/config.json does not describe a model that lbllm packs ({first})") from error
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            raise ArtifactError(f"{folder}/generation_config.json cannot be read ({type(error).__name__}); remove it or copy the base model's") from error
     return model
+
+
+def _check_sizes(folder: Path) -> None:
+    """Sizes in config.json that no file could fill are refused before a model of that size is built. Raises ArtifactError."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    most = dict.fromkeys(SIZES, LARGEST_SIZE) | {"num_hidden_layers": len(read_header(folder / WEIGHTS))}
+    for key, limit in most.items():
+        value = values.get(key, 1)
+        if value is None and key == "head_dim":
+            continue
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ArtifactError(f"{folder}/config.json: {key}={value!r} cannot be, the weights allow 1..{limit}; config.json and weights do not belong together")
 
 
 def expected_tensors(model: Any) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
@@ -254,42 +308,3 @@ def expected_tensors(model: Any) -> dict[str, tuple[torch.dtype | None, tuple[in
         if name not in tied:
             wanted[name] = (None if isinstance(t, nn.Parameter) else t.dtype, tuple(t.shape))
     return wanted
-
-
-Header = Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]
-TYPES = {"U8": torch.uint8, "I32": torch.int32, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def read_header(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-    """Types (None: one the format never uses) and shapes in a weights file. Raises ArtifactError when it cannot be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
-            return {name: (TYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing; the packed model is incomplete") from error
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); it is truncated or damaged, pack the model again") from error
-
-
-def check_header(where: str, wanted: Header, found: Header) -> None:
-    """ArtifactError naming the first tensor whose presence, shape or type is not the wanted one."""
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise ArtifactError(f"{where}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}; config.json and weights do not belong together")
-    for name, (dtype, shape) in wanted.items():
-        actual, size = found[name]
-        if size != shape:
-            raise ArtifactError(f"{where}: tensor {name} has shape {size}, config.json asks for {shape}")
-        if actual is None or (actual != dtype if dtype is not None else not actual.is_floating_point):
-            raise ArtifactError(f"{where}: tensor {name} has type {actual or 'unknown'}, the packed format asks for {dtype or 'a float type'}")
-
-
-def read_tensors(path: Path, wanted: Header) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a weights file, one at a time, when names, types and shapes are the wanted ones; else ArtifactError."""
-    check_header(str(path), wanted, read_header(path))
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(wanted):
-                yield name, file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); it is truncated or damaged, pack the model again") from error

@@ -190,3 +190,52 @@ def test_empty_and_strided_inputs():
     assert cpu.accumulate(torch.zeros((0, 64), dtype=torch.int8), weight).shape == (0, 20)
     strided = torch.randn(64, 6).T
     assert torch.equal(cpu.quantize(strided, ActFactors("uniform")).q, cpu.quantize(strided.contiguous(), ActFactors("uniform")).q)
+
+
+@needs_build
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("out", "channels"), [(1, 1), (7, 31), (40, 64), (33, 579)])
+@pytest.mark.parametrize("level", [1, 2])
+def test_sixteen_bit_linears(dtype, out, channels, level):
+    """Within the rounding of an fp32 sum, for special values too, and independent of the number of tokens."""
+    if level not in LEVELS or not cpu.library().half:
+        pytest.skip("not on this processor")
+    g = torch.Generator().manual_seed(out)
+    weight, x = torch.randn(out, channels, generator=g).to(dtype), torch.randn(7, channels, generator=g)
+    weight[0, 0] = 2.0**-24 if dtype is torch.float16 else 1e-40  # a denormal number of either type
+    y = cpu.half_linear(x, weight, level)
+    exact = x.double() @ weight.double().T
+    bound = channels * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
+    assert bool(((y.double() - exact).abs() <= bound + 1e-37).all())
+    assert torch.equal(y, torch.cat([cpu.half_linear(x[i : i + 1], weight, level) for i in range(7)]))
+    assert cpu.half_linear(x[:0], weight).shape == (0, out)
+
+
+@needs_build
+def test_sixteen_bit_linears_refuse_what_they_cannot_read():
+    weight = torch.zeros(4, 8, dtype=torch.float16)
+    for bad in (weight.float(), weight.T, weight[:, ::2], weight.to("meta")):
+        with pytest.raises(ValueError, match="contiguous fp16 or bf16 CPU matrix"):
+            cpu.half_linear(torch.zeros(1, 8), bad)
+    for x in (torch.zeros(1, 7), torch.zeros(1, 8).double(), torch.zeros(1, 8, device="meta"), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"x must be fp32 \(\.\.\., 8\)"):
+            cpu.half_linear(x, weight)
+
+
+@needs_build
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("m", [1, 3, 8])
+def test_layers_of_one_input_in_one_call(threads, m):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        factors = ActFactors("piecewise", 0.9, 1.1)
+        packed = [random_packed(out, 1000, 32, "codebook", out) for out in (77, 16, 300)]
+        x = torch.randn(m, 1, 1000)
+        ys = cpu.Fused([cpu.CpuWeight(p) for p in packed], factors)(x)
+        for y, p in zip(ys, packed, strict=True):
+            assert torch.equal(y, reference.linear(x, p, factors))
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="must take the same channels"):
+        cpu.Fused([cpu.CpuWeight(packed[0]), cpu.CpuWeight(random_packed(4, 64, 32))], factors)

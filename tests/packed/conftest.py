@@ -101,16 +101,16 @@ def explicit_scheme(scheme):
     return dataclasses.replace(scheme, level_mode="explicit", group_size=64, act_variant="uniform")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_teacher():
     return build_teacher
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_student():
     return random_student
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_fake():
     return fake_quant_model

@@ -59,7 +59,7 @@ def test_a_wrong_sum_is_found_and_named(pair, monkeypatch):
 
 def test_a_wrong_linear_is_named(pair):
     packed, fake = pair
-    dict(packed_linears(packed))["model.layers.0.mlp.down_proj"].prepared.packed.row_scale.mul_(1.5)
+    dict(packed_linears(packed))["model.layers.0.mlp.down_proj"].row_scale.mul_(1.5)
     for _, linear in packed_linears(packed):
         linear.prepare()
     logits = packed_check.check_logits(packed, fake, IDS)

@@ -62,7 +62,7 @@ def test_the_report_adds_up(scheme, make_teacher, make_student, tmp_path):
     assert report.folder_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     linears = [m for _, m in packed_linears(load_packed(tmp_path))]
     assert report.bits.weights == sum(m.in_features * m.out_features for m in linears)
-    in_linears = 8 * sum(b.numel() * b.element_size() for m in linears for b in m.buffers() if b is not m.bias)
+    in_linears = 8 * sum(b.numel() * b.element_size() for m in linears for name, b in m.state_dict().items() if name != "bias")
     assert in_linears - report.bits.total == sum(8 * m.out_features * (-(-m.in_features // 4) * 4 - m.in_features) // 4 for m in linears)
     assert report.metrics()["effective_bpw"] > 2.25
 
@@ -159,13 +159,19 @@ def test_a_broken_config_is_refused(folder, text):
 def test_flipped_header_bytes_never_crash(folder):
     path = folder / "model.safetensors"
     whole = bytearray(path.read_bytes())
+    sound, harmless = load_packed(folder), 0
     generator = torch.Generator().manual_seed(0)
     for position in torch.randint(0, 4000, (60,), generator=generator).tolist():
         broken = bytearray(whole)
         broken[position] ^= 0x41
         path.write_bytes(bytes(broken))
-        with pytest.raises(ArtifactError):
-            load_packed(folder)
+        try:
+            model = load_packed(folder)
+        except ArtifactError:
+            continue
+        harmless += 1  # a flip in the metadata entry `format`
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), sound.state_dict().values(), strict=True))
+    assert harmless < 5
 
 
 def test_too_few_blocks_are_refused(scheme, make_teacher, make_student, tmp_path):

@@ -7,7 +7,8 @@ import gc
 
 import pytest
 import torch
-from lbllm_kernels import cpu, dispatch, reference
+from lbllm_kernels import cpu, dispatch, ops, reference  # noqa: F401  (ops registers the operator)
+from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.format import FormatError
 from lbllm_kernels.synthetic import random_packed
 
@@ -177,17 +178,18 @@ def test_broken_weights_are_refused_by_name():
         linear.prepare("model.q")
 
 
-@needs_build
-def test_the_operator_is_sound():
-    from lbllm_kernels import ops  # noqa: F401
-
-    for bias in (None, torch.randn(20)):
-        weight = cpu.CpuWeight(random_packed(20, 64, 32, "codebook"), bias)
-        arguments = (
-            torch.randn(3, 64), weight.codes, weight.words, weight.group_codes, weight.codebook, weight.row_scale, weight.row_sums, weight.bias,
-            20, 32, "piecewise", [1.0, 1.0, 0.25, 0.25],
-        )  # fmt: skip
-        torch.library.opcheck(torch.ops.lbllm.lut8_linear, arguments)
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_operator_is_sound(path, biased, monkeypatch):
+    if path == "cpu" and not cpu.library().levels:
+        pytest.skip(cpu.library().reason)
+    if path == "reference":
+        monkeypatch.setenv(dispatch.PATH_VARIABLE, path)
+    prepared = dispatch.prepare(random_packed(20, 64, 32, "codebook"), "piecewise", torch.randn(20) if biased else None)
+    route = prepared.routes[0]
+    arguments = (torch.randn(3, 64), list(route.weight.layout), route.path.name, 20, 32, "piecewise", [1.0, 1.0, 0.25, 0.25])
+    torch.library.opcheck(torch.ops.lbllm.lut8_linear, arguments)
+    assert torch.equal(torch.ops.lbllm.lut8_linear(*arguments), dispatch.linear(arguments[0], prepared, ActFactors("piecewise")))
 
 
 @needs_build
@@ -220,3 +222,83 @@ def test_every_linear_names_its_path_and_reason(scheme, make_teacher, make_stude
     pack_student(teacher, make_student(teacher, scheme), tmp_path, scheme)
     for _, linear in packed_linears(load_packed(tmp_path)):
         assert linear.prepared.choice.reason
+
+
+@needs_build
+def test_stored_tensors_are_given_up_and_come_back():
+    linear = make_linear(bias=True)
+    before = {name: t.clone() for name, t in linear.state_dict().items()}
+    x = torch.randn(2, 96)
+    y = linear(x)
+    assert "codes" not in dict(linear.named_buffers())
+    held = [linear, copy.deepcopy(linear)]
+    for module in held:
+        after = module.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert torch.equal(module.codes, before["codes"])
+        assert torch.equal(module.to("cpu")(x), y)
+    with pytest.raises(AttributeError):
+        _ = linear.nothing
+
+
+@needs_build
+def test_few_tokens_of_a_site_are_one_call(monkeypatch):
+    calls = []
+    original = cpu.Fused.__call__
+    monkeypatch.setattr(cpu.Fused, "__call__", lambda self, x: calls.append(len(self._weights)) or original(self, x))
+    site = ActSite("piecewise", 3)
+    readers = [make_linear(site, out=40 + s, seed=s) for s in range(3)]
+    for _ in range(2):
+        x = torch.randn(2, 96)
+        ys = [reader(x) for reader in readers]
+        assert site._memo is None
+        assert all(torch.equal(y, reference.linear(x, reader.packed(), site.values)) for y, reader in zip(ys, readers, strict=True))
+    assert calls == [3, 3]
+    y = readers[1](x)
+    x.mul_(-1)
+    assert torch.equal(readers[2](x), expected(readers[2], x))
+    assert not torch.equal(readers[1](x), y)
+    with torch.inference_mode():
+        z = torch.randn(2, 96)
+        assert torch.equal(readers[0](z), expected(readers[0], z))
+        z.mul_(-1)
+        assert torch.equal(readers[1](z), expected(readers[1], z))
+
+
+@needs_build
+def test_waiting_outputs_do_not_outlive_their_weights():
+    site = ActSite("uniform", 2)
+    first, second = make_linear(site, seed=1), make_linear(site, seed=2)
+    x = torch.randn(2, 96)
+    first(x)
+    second.load_state_dict(make_linear(seed=7).state_dict())
+    assert torch.equal(second(x), expected(second, x))
+    first(x)
+    site.factors.mul_(0.5)
+    site.prepare()
+    for linear in (first, second):
+        linear.prepare()
+    assert torch.equal(second(x), expected(second, x))
+
+
+@needs_build
+def test_a_copied_site_computes_with_the_copied_weights():
+    block = torch.nn.ModuleDict({"site": (site := ActSite("piecewise", 2)), "a": make_linear(site, seed=1), "b": make_linear(site, seed=2)})
+    x = torch.randn(2, 96)
+    before = [block["a"](x), block["b"](x)]
+    twin = copy.deepcopy(block)
+    assert twin["a"].site is twin["site"] is twin["b"].site
+    block["b"].load_state_dict(make_linear(seed=9).state_dict())
+    assert torch.equal(twin["a"](x), before[0])
+    assert torch.equal(twin["b"](x), before[1])
+    del block
+    assert torch.equal(twin["b"](x), before[1])
+
+
+def test_a_path_that_cannot_be_had_is_a_sentence(monkeypatch):
+    from lbllm_core.errors import ModelError
+
+    monkeypatch.setenv(dispatch.PATH_VARIABLE, "nosuch")
+    with pytest.raises(ModelError, match="nosuch names no path"):
+        make_linear()(torch.randn(2, 96))
