@@ -49,7 +49,7 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
     result = json.loads(answer.read_text(encoding="utf-8"))
     answer.unlink()
     seconds = time.monotonic() - began
-    print_outcome(result, home, seconds, memory.peak_gb())
+    print_outcome(config, result, home, seconds, memory.peak_gb())
     if record is not None:
         record_results(record, config, result, seconds, memory.peak_gb())
     return 0

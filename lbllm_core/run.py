@@ -25,6 +25,7 @@ from lbllm_core.engine.terminal import Terminal
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.overrides import all_problems, explain, merged, read
 from lbllm_core.pipeline import Finished, check_gate, facts, plan, why_skipped
+from lbllm_core.report.expected import expectations_plain
 from lbllm_core.report.method import method_records
 from lbllm_core.report.records import write_results
 from lbllm_core.report.summary import result_rows, step_cells, step_entries
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.record:
         write_results(chosen.record, f"python -m lbllm_core.run ({config.experiment})", method_records(config, rows))
     print(plain(comparison(rows)))
+    if config.evaluation.expected:
+        print(expectations_plain(rows, config.evaluation))
     print(plain(step_cells(step_entries(finished))))
     return 0
 

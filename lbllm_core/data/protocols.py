@@ -17,13 +17,12 @@ shorter context is measured on shorter windows, and the metric is then called af
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from lbllm_core.config import RunConfig
+from lbllm_core.config import PROTOCOL, RunConfig, protocol_problem
 from lbllm_core.data import text, tokens
 from lbllm_core.data.synthetic import Language
 from lbllm_core.errors import ConfigError, DataError
@@ -35,7 +34,6 @@ WINDOW = {"wikitext2": 2048, "ptb": 2048, "c4": 2048, "tinystories": 512, "embed
 WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")
 C4_WINDOWS = 64
 SYNTHETIC_ROWS = 64
-_PATTERN = re.compile(rf"ppl_({'|'.join(WINDOW)})(?:_(\d+)k)?(?:_s(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,10 @@ class Protocol:
 
 def parse(name: str, context: int = 1 << 20) -> Protocol:
     """The protocol of a name for a model with `context` tokens. Raises ConfigError with the vocabulary."""
-    found = _PATTERN.fullmatch(name)
-    if found is None:
-        raise ConfigError([f"evaluation.protocols holds {name!r}; a protocol is ppl_<text>[_<n>k][_s<window>] with text one of {', '.join(WINDOW)}"])
+    problem, found = protocol_problem(name), PROTOCOL.fullmatch(name)
+    if problem or found is None:
+        raise ConfigError([problem])
     kind, amount, window = found.groups()
-    if window is not None and int(window) < 8:
-        raise ConfigError([f"evaluation.protocols holds {name!r}; a window has at least 8 tokens"])
     return Protocol(kind, int(amount or 0), min(int(window or WINDOW[kind]), context))
 
 
