@@ -147,13 +147,14 @@ def baseline_config(config: RunConfig, row: str) -> RunConfig:
 
 def facts(spec: StepSpec, config: RunConfig, home: Path) -> dict[str, str]:
     """What a step's result depends on beside the config: the bytes of teacher and text, the device, the number type."""
+    from lbllm_core.data.self_generated import generated_digest
     from lbllm_core.data.tokens import data_digest, evaluation_digest
     from lbllm_core.engine.hardware import resolve
     from lbllm_core.model.load import teacher_digest
 
     found = resolve(config.hardware).describe() | {"model weights": teacher_digest(config.model, home)}
     if any(name.startswith("dataset.") for name in spec.fields):
-        found["calibration text"] = data_digest(config.dataset)
+        found["calibration text"] = generated_digest(config, home) if config.dataset.source == "self_generated" else data_digest(config.dataset)
     if any(name.startswith("evaluation.") for name in spec.fields):
         found["evaluation data"] = evaluation_digest(config)
     if spec.name == "pack_and_benchmark":  # the products are the same on every path, their speed is not

@@ -28,8 +28,6 @@ from lbllm_core.data.synthetic import Language
 from lbllm_core.errors import ConfigError, DataError
 from lbllm_core.model.load import tiny_seed
 
-WIKITEXT_FILE = "text/wikitext2/test-00000-of-00001.parquet"
-PTB_FILE = "text/ptb/ptb.test.txt"
 WINDOW = {"wikitext2": 2048, "ptb": 2048, "c4": 2048, "tinystories": 512, "embedded": 2048, "synthetic": 128}
 WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")
 C4_WINDOWS = 64
@@ -89,9 +87,9 @@ def _texts(kind: str, config: RunConfig) -> list[str]:
         language = Language(tiny_seed(config.model) if config.model.source == "synthetic" else 0)
         return [language.text(SYNTHETIC_ROWS, WINDOW[kind], tokens.EVALUATION_STREAM)]
     if kind == "wikitext2":
-        return ["\n\n".join(text.read_columns(text.local_file(WIKITEXT_FILE), ("text",))["text"])]
+        return ["\n\n".join(text.read_columns(text.local_file(text.WIKITEXT_FILE), ("text",))["text"])]
     if kind == "ptb":
-        lines = text.local_file(PTB_FILE).read_text(encoding="utf-8").splitlines()
+        lines = text.local_file(text.PTB_FILE).read_text(encoding="utf-8").splitlines()
         return [" ".join(line.strip() for line in lines if line.strip())]
     documents = text.embedded_passages()[1] if kind == "embedded" else text.held_out_documents(kind)
     return [document + tokens.JOINT for document in documents]
@@ -103,4 +101,4 @@ def protocol_files(kind: str) -> list[Any]:
         return []
     if kind == "embedded":
         return [text.package_data(text.PARTS["boolq"][0])]
-    return [text.local_file({"wikitext2": WIKITEXT_FILE, "ptb": PTB_FILE, "c4": text.C4_FILE, "tinystories": text.STORIES_FILE}[kind])]
+    return [text.local_file({"wikitext2": text.WIKITEXT_FILE, "ptb": text.PTB_FILE, "c4": text.C4_FILE, "tinystories": text.STORIES_FILE}[kind])]
