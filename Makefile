@@ -16,6 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test up down status config lint kernels tables clean
+.PHONY: preflight doctor
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -38,6 +39,12 @@ run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... s
 
 config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for machines that run `python -m lbllm_core.run --config`
 	@$(PY) -m flows.launch config $(ARGS)
+
+preflight: kernels ## what a run would need (time, memory, disk, what binds) and whether it fits; ARGS as for `make run`
+	@$(PY) -m flows.launch preflight $(if $(FULL),--full) $(ARGS)
+
+doctor: $(STAMP) ## versions, device, kernels, data, disk, servers: what is there, and what to do where something is missing
+	@$(PY) -m flows.launch doctor
 
 test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part
 	@$(PY) -m pytest $(TESTS)
