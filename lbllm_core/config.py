@@ -240,6 +240,7 @@ BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
 ROWS = ("teacher", *BASELINES, "final")
 TEXTS = ("wikitext2", "ptb", "c4", "tinystories", "embedded", "synthetic")
 TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mmlu")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PROTOCOL = re.compile(rf"ppl_({'|'.join(TEXTS)})(?:_(\d+)k)?(?:_s(\d+))?")
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory))
 
@@ -300,7 +301,13 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append("evaluation.baselines holds stage3, which act_quant.enabled=false or scheme.act_bits=16 leaves out")
     if s.act_bits == 4 and s.act_variant == "per_group":
         found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise or uniform, or scheme.act_bits=16")
-    return found + _evaluation_problems(c.evaluation) + _source_problems(c)
+    return found + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
+
+
+def _name_problems(c: RunConfig) -> list[str]:
+    """Names become parts of paths, tags and titles: nothing that could lead elsewhere."""
+    names = {"model.name": c.model.name, "dataset.name": c.dataset.name, "scheme.name": c.scheme.name, "tracking.experiment": c.tracking.experiment, "experiment": c.experiment}
+    return [f"{key}={name!r} is not a name: letters, digits, dots, hyphens and underscores, beginning with a letter or digit" for key, name in names.items() if not NAME.fullmatch(name)]
 
 
 def _evaluation_problems(e: EvaluationConfig) -> list[str]:

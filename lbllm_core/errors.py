@@ -2,7 +2,7 @@
 
 Every failure that a person can cause or mend is an `LbllmError`: one sentence that says *where* it happened, *what* is
 wrong, and *what to try*. The command-line entry points print the sentence and exit with `exit_code`: 2 where what was given cannot
-be used (configuration, model, text, machine too small), 1 where a run went wrong. A traceback means a bug of ours.
+be used (configuration, model, text, home folder, machine too small), 1 where a run went wrong. A traceback means a bug of ours.
 """
 
 
@@ -46,6 +46,12 @@ class NumericalError(LbllmError):
 
 class ArtifactError(LbllmError):
     """A stored file is missing, truncated, altered, or of an unknown version."""
+
+
+class HomeError(ArtifactError):
+    """The home folder cannot be used."""
+
+    exit_code = 2
 
 
 class GateError(LbllmError):

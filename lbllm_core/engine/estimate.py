@@ -167,7 +167,7 @@ def _evaluate(c: RunConfig, s: Shapes) -> Work:
     operations = tokens * (s.blocks * forward(s, min(2048, c.model.context)) + 2.0 * s.hidden * s.vocabulary)
     memory = 4.0 * s.parameters + batch * 4.0 * (s.vocabulary * 1.2 + 12 * s.hidden + 4 * s.ffn)
     passes = tokens * 4.0 * (3 * s.vocabulary + s.blocks * (24 * s.hidden + 10 * s.ffn))
-    return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS + 12.0 * bool(c.evaluation.tasks), host=memory)
+    return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS + 6.0 * bool(c.evaluation.tasks), host=memory)
 
 
 def _streams(c: RunConfig, s: Shapes, sequences: int) -> tuple[float, float, float]:

@@ -54,7 +54,7 @@ def check_inputs(config: RunConfig, home: Path) -> Shapes:
     checks: tuple[Callable[[], object], ...] = (
         lambda: resolve(config.hardware),
         lambda: shapes.append(inspect_model(config.model, home)),
-        lambda: check_text(config),
+        lambda: check_text(config, *shapes),
         lambda: evaluation_digest(config),
     )
     problems: list[LbllmError] = []
@@ -70,12 +70,14 @@ def check_inputs(config: RunConfig, home: Path) -> Shapes:
     return shapes[0]
 
 
-def check_text(config: RunConfig) -> None:
-    """DataError when calibration files are absent, unreadable, or hold fewer bytes than tokens are asked for."""
+def check_text(config: RunConfig, shapes: Shapes | None = None) -> None:
+    """DataError when sequences are too long for the model, or files are absent, unreadable, or hold fewer bytes than tokens are asked for."""
     from lbllm_core.data import text
     from lbllm_core.pipeline import why_skipped
 
     data = config.dataset
+    if shapes is not None and data.seq_len > shapes.context:
+        raise DataError(f"dataset.seq_len={data.seq_len} is longer than the {shapes.context} tokens of {config.model.name}'s context; lower it")
     if data.source not in ("files", "embedded") or "ptq_init" in why_skipped(config):
         return
     if data.source == "files" and sum(p.stat().st_size for p in text.matching_files(data.files)) > LARGE_TEXT:

@@ -4,6 +4,8 @@
 at: config.json, the tokenizer, the *headers* of safetensors and GGUF files (where a truncated file shows), and the structure on
 the meta device. Of a hub model only the small files are fetched.
 
+A digest that is given is compared too: that reads the weights once, as every run does first.
+
 `Shapes` is what a plan of memory and time needs; `parameters` is counted, not computed.
 """
 
@@ -55,14 +57,17 @@ def inspect_model(config: ModelConfig, home: Path) -> Shapes:
             load.tiny_seed(config)
             shapes = _of_architecture(tiny.architecture(), config.blocks)
         elif config.file:
-            shapes = _of_gguf(load.gguf_file(config, load.source_folder(config, SMALL_FILES)), config.blocks)
+            file = load.gguf_file(config, load.source_folder(config, SMALL_FILES))
+            shapes = _of_gguf(file, config.blocks)
+            load.check_sha(file, config.sha256)
         else:
             folder = load.source_folder(config, SMALL_FILES)
             shapes = _of_architecture(load.read_config(folder, config.blocks), 0)
             if config.source != "hub":
                 check_weight_files(folder)
+                load.check_sha(folder / "model.safetensors", config.sha256)
             load.load_tokenizer(folder, shapes.vocabulary)
-    if config.context > shapes.context:
+    if config.context > shapes.context and config.context != ModelConfig().context:  # the default means: at most so many
         raise ModelError(f"model.context={config.context} is longer than the {shapes.context} tokens that {config.name} was trained with; set model.context={shapes.context} or less")
     return shapes
 

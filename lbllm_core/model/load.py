@@ -101,10 +101,10 @@ def _locate(config: ModelConfig, home: Path) -> _Source:
         return _Source(_digest(folder_digest(trained, CONTENT), config), lambda: trained)
     folder = source_folder(config, ("*.json",) if config.file else CONTENT)
     if not config.file:
-        _check_sha(folder / "model.safetensors", config.sha256)
+        check_sha(folder / "model.safetensors", config.sha256)
         return _Source(_digest(folder_digest(folder, CONTENT), config), lambda: folder)
     file = gguf_file(config, folder)
-    key = hashlib.sha256(f"gguf {gguf.CONVERSION} {_check_sha(file, config.sha256)}".encode()).hexdigest()
+    key = hashlib.sha256(f"gguf {gguf.CONVERSION} {check_sha(file, config.sha256)}".encode()).hexdigest()
     place = home / "models" / f"{config.name}-{key[:16]}"
     return _Source(_digest(key, config), lambda: published(place, lambda part: gguf.convert(file, part)))
 
@@ -130,7 +130,7 @@ def _digest(content: str, config: ModelConfig) -> str:
     return hashlib.sha256(f"{content} blocks={config.blocks}".encode()).hexdigest()
 
 
-def _check_sha(file: Path, expected: str) -> str:
+def check_sha(file: Path, expected: str) -> str:
     """sha256 of a file. Raises ModelError when it is not the expected one (empty: anything goes, nothing is read)."""
     if not expected and file.suffix != ".gguf":
         return ""
@@ -170,7 +170,7 @@ def _local_folder(config: ModelConfig) -> Path:
 def _download(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
     """The local snapshot of a hub model. Raises ModelError when it is gated, unknown, or not cached and out of reach."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     wanted = [config.file, *patterns] if config.file else list(patterns)
     try:
@@ -179,6 +179,8 @@ def _download(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
         raise ModelError(f"the hub model {config.path} is gated: accept its licence on its page and log in with `hf auth login`; {OFFLINE}") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"the hub has no model {config.path} that you may read; look at model.path or log in with `hf auth login`; {OFFLINE}") from error
+    except HFValidationError as error:
+        raise ModelError(f"model.path={config.path!r} is no hub id (one looks like owner/name); {OFFLINE}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"the hub model {config.path} is not in the local cache and cannot be fetched ({type(error).__name__}); {OFFLINE}") from error
 
