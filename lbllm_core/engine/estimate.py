@@ -183,10 +183,10 @@ def _ptq_init(c: RunConfig, s: Shapes) -> Work:
     fp32 = tokens * s.blocks * 2.0 * moments + s.blocks * 8.0 * sum(side**3 for side in sides) * c.ptq_init.error_compensation
     if c.scheme.level_mode == "codebook":
         fitted = 4 * min(c.ptq_init.codebook_sample, s.linears // (4 * c.scheme.group_size)) * c.ptq_init.codebook_rounds * min(c.scheme.codebook_size, 256)
-        passes = s.blocks * (TABLE_BYTES * fitted + ASSIGN_BYTES * s.linears)
+        passes: float = s.blocks * (TABLE_BYTES * fitted + ASSIGN_BYTES * s.linears)
     else:
         rounds = c.ptq_init.em_rounds * c.ptq_init.em_starts if c.scheme.level_family == "free" else 8
-        passes = float(s.blocks) * s.linears * EM_BYTES * (rounds if c.ptq_init.method == "em" else 1)
+        passes = s.blocks * s.linears * EM_BYTES * (rounds if c.ptq_init.method == "em" else 1)
     calls = s.blocks * (sum(sides) * COLUMN_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
     largest = 8 * 4.0 * max(2 * s.ffn * s.hidden, s.hidden * s.heads * s.head_dim)
     memory = 4.0 * s.parameters + 3 * stream + 4.0 * moments + 12.0 * max(sides) ** 2 + largest + activation_bytes(s, int(min(tokens, PASS_TOKENS)))

@@ -109,8 +109,9 @@ def require_fit(found: Estimate, limits: Limits) -> None:
         ("disk", found.disk, limits.disk, "room in the home folder, or LBLLM_HOME on another disk"),
     ):
         if (there or what == "disk") and needed > there:
-            worst = max(found.steps, key=lambda s, what=what: {"host memory": s.host, "device memory": s.device, "disk": s.work.disk}[what])
-            problems.append(f"{what}: about {gb(needed)} needed ({worst.step}), {gb(there)} there; try {remedy}")
+            by_step = {"host memory": [s.host for s in found.steps], "device memory": [s.device for s in found.steps], "disk": [s.work.disk for s in found.steps]}[what]
+            worst = found.steps[by_step.index(max(by_step))]
+            problems.append(f"{what}: about {gb(needed)} needed (most by {worst.step}), {gb(there)} there; try {remedy}")
     if problems:
         head = f"this run cannot fit ({found.shapes.parameters / 1e9:.2f} billion parameters):"
         raise PreflightError("\n  ".join([head, *problems, "these are estimates; hardware.preflight=warn begins all the same"]))

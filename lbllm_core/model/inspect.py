@@ -114,7 +114,7 @@ def _of_architecture(architecture: Any, blocks: int) -> Shapes:
         decoder = Decoder(AutoModelForCausalLM.from_config(architecture, trust_remote_code=False))
     c, first = decoder.config, decoder.blocks[0]
     linears = linears_of(first)
-    head_dim = int(getattr(first.self_attn, "head_dim", c.hidden_size // c.num_attention_heads))  # type: ignore[arg-type]
+    head_dim = int(getattr(first.self_attn, "head_dim", c.hidden_size // c.num_attention_heads))
     return Shapes(
         blocks=len(decoder.blocks),
         hidden=int(c.hidden_size),

@@ -170,7 +170,13 @@ def _local_folder(config: ModelConfig) -> Path:
 def _download(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
     """The local snapshot of a hub model. Raises ModelError when it is gated, unknown, or not cached and out of reach."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     wanted = [config.file, *patterns] if config.file else list(patterns)
     try:

@@ -24,7 +24,7 @@ def comparisons(rows: Sequence[Mapping[str, Any]], evaluation: EvaluationConfig)
         measured = by_name.get(row, {}).get(metric)
         if isinstance(measured, (int, float)):
             delta = (measured - expected) / expected
-            made |= {"measured": measured, "delta": delta, "within": abs(delta) <= evaluation.tolerance}
+            made |= {"measured": measured, "delta": delta, "within": abs(delta) <= evaluation.tolerance + 1e-9}
         found.append(made)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +25,7 @@ NEEDS = {  # choices that only make sense beside another one
 ALL = [(group, name) for group, names in groups().items() for name in names if group != "experiment"]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if not name.startswith("ablation_")])  # those: twice, below
 def test_every_experiment_composes(experiment: str) -> None:
     config = compose([f"experiment={experiment}"])
     assert config.experiment == experiment
@@ -54,6 +55,11 @@ PUBLISHED = [name for name in EXPERIMENTS if name.startswith(("paper_", "control
 AXES = ("stages", "stage4", "wat", "aar", "init", "act", "smoothing", "beta", "bitmap", "group", "levels", "data")
 
 
+@functools.cache
+def recipe(model: str) -> RunConfig:
+    return compose([f"model={model}"])
+
+
 def differences(one: RunConfig, other: RunConfig) -> set[str]:
     a, b = (select(c, ["seed", *SECTIONS]) for c in (one, other))
     return {name for name in a if a[name] != b[name]}
@@ -66,7 +72,7 @@ def test_an_ablation_is_the_models_recipe_plus_its_own_lines(experiment: str, mo
     assert own.pop("base") == "default"
     config = compose([f"model={model}", f"experiment={experiment}"])
     written = {f"{section}.{name}": value for section, values in own.items() for name, value in values.items()}
-    assert differences(config, compose([f"model={model}"])) <= set(written)
+    assert differences(config, recipe(model)) <= set(written)
     for name, value in written.items():
         assert select(config, [name])[name] == (tuple(value) if isinstance(value, list) else value)
     assert not {"model", "evaluation", "hardware", "tracking"} & set(own)
@@ -74,7 +80,8 @@ def test_an_ablation_is_the_models_recipe_plus_its_own_lines(experiment: str, mo
 
 def test_every_axis_has_its_experiments() -> None:
     assert {name.split("_")[1] for name in ABLATIONS} >= set(AXES)
-    assert len({str(select(compose([f"experiment={name}"]), [*SECTIONS])) for name in ABLATIONS}) >= 30
+    contents = {yaml.dump(yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))) for name in ABLATIONS}
+    assert len(contents) >= len(ABLATIONS) - 3, "no two files say the same"
 
 
 @pytest.mark.parametrize("experiment", PUBLISHED)
