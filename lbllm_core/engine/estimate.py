@@ -20,9 +20,10 @@ one (`*_BYTES`, `*_CALLS` below) and hold as far as the speeds explain the rest.
     ptq_init           3 S, second moments, eight copies of the largest site, one pass of activations
     weight_distill     4 S, 36 bytes a weight of the block (latent, gradient, two moments, made weights), activations of a batch
     act_quant          4 S, 22 bytes a weight, activations of a batch twice (codes)
-    end_to_end         13 bytes a weight of all blocks, activations of a micro-batch in all blocks, logits of a piece six times
-    pack               on the host: teacher, its fake-quantized copy, the packed model
-    evaluate           on the host: teacher or packed model, logits of a forward pass
+    end_to_end         13 bytes a weight of all blocks (29 when latent weights learn), activations of a micro-batch in all blocks, logits of a
+                       piece six times
+    pack               the teacher's fake-quantized copy, the packed model
+    evaluate           logits of a forward pass
 
 It is an estimate: docs/preflight.md says how far it was off where it was compared.
 """
@@ -167,7 +168,7 @@ def _evaluate(c: RunConfig, s: Shapes) -> Work:
     operations = tokens * (s.blocks * forward(s, min(2048, c.model.context)) + 2.0 * s.hidden * s.vocabulary)
     memory = 4.0 * s.parameters + batch * 4.0 * (s.vocabulary * 1.2 + 12 * s.hidden + 4 * s.ffn)
     passes = tokens * 4.0 * (3 * s.vocabulary + s.blocks * (24 * s.hidden + 10 * s.ffn))
-    return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS + 6.0 * bool(c.evaluation.tasks), host=memory)
+    return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS + 6.0 * bool(c.evaluation.tasks), device=memory)
 
 
 def _streams(c: RunConfig, s: Shapes, sequences: int) -> tuple[float, float, float]:
@@ -231,11 +232,11 @@ def _end_to_end(c: RunConfig, s: Shapes) -> Work:
     compute = tokens * (s.blocks * (1 + student) * forward(s, c.dataset.seq_len) + 5 * 2.0 * s.hidden * s.vocabulary * e.logit_share)
     sites = 2 * s.hidden + s.heads * s.head_dim + s.ffn
     micro = e.micro_batch * c.dataset.seq_len
-    passes = e.steps * s.blocks * s.linears * FROZEN_BYTES + tokens * (s.blocks * 4 * 4.0 * (24 * s.hidden + 10 * s.ffn) + 40.0 * s.vocabulary * e.logit_share)
+    passes = e.steps * s.blocks * s.linears * (STEP_BYTES if e.lr_weight else FROZEN_BYTES) + tokens * (s.blocks * 4 * 4.0 * (24 * s.hidden + 10 * s.ffn) + 40.0 * s.vocabulary * e.logit_share)
     passes += tokens * s.blocks * sites * QUANT_BYTES * (c.scheme.act_bits == 4)
     kept = 1 if e.gradient_checkpointing else s.blocks
     rows = min(LOGIT_ROWS, micro * e.logit_share)
-    memory = 4.0 * s.parameters + 13.0 * s.blocks * s.linears + kept * activation_bytes(s, micro) * (2 if c.scheme.act_bits == 4 else 1) + rows * s.vocabulary * 4.0 * 6
+    memory = 4.0 * s.parameters + (29.0 if e.lr_weight else 13.0) * s.blocks * s.linears + kept * activation_bytes(s, micro) * (2 if c.scheme.act_bits == 4 else 1) + rows * s.vocabulary * 4.0 * 6
     disk = s.blocks * s.linears * (0.25 + _level_bytes(c))
     calls = e.steps * -(-e.batch_size // e.micro_batch) * s.blocks * STEP_CALLS
     return Work(compute=compute, passes=passes, calls=calls, hashed=2 * disk, seconds=LOAD_SECONDS, device=memory, disk=disk)
@@ -261,7 +262,7 @@ def _pack(c: RunConfig, s: Shapes) -> Work:
         seconds += 2 * PROCESS_SECONDS
     memory = 4.0 * s.parameters + 4.0 * weights + 1.4 * weights + 8.0 * s.embedding + activation_bytes(s, int(tokens))
     disk = packed_bytes(c, s)
-    return Work(fp32=operations, passes=passes, calls=8.0 * s.blocks * FORWARD_CALLS, hashed=2 * disk, seconds=seconds, host=memory, disk=disk)
+    return Work(fp32=operations, passes=passes, calls=8.0 * s.blocks * FORWARD_CALLS, hashed=2 * disk, seconds=seconds, device=memory, disk=disk)
 
 
 WORK: Mapping[str, Callable[[RunConfig, Shapes], Work]] = MappingProxyType(

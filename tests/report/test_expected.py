@@ -9,7 +9,13 @@ import pytest
 
 from lbllm_core import run as core
 from lbllm_core.config import EvaluationConfig
-from lbllm_core.report.expected import comparisons, expectation_cells, expectation_figures, expectations_markdown, expectations_plain
+from lbllm_core.report.expected import (
+    comparisons,
+    expectation_cells,
+    expectation_figures,
+    expectations_markdown,
+    expectations_plain,
+)
 
 ROWS = [{"row": "teacher", "ppl_ptb_s2048": 20.0, "minutes": 1.0}, {"row": "final", "ppl_ptb_s2048": 36.0, "acc_piqa": 0.5, "minutes": 2.0}]
 WANTED = EvaluationConfig(
