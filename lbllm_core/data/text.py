@@ -154,7 +154,8 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
             base, rest = root, pattern
         matches = [p for p in sorted(base.glob(rest)) if p.is_file() and p not in found]
         if not matches and not any(p.match(pattern) for p in found):
-            raise DataError(f"dataset.files: nothing matches {pattern!r} in {base}")
+            hint = "; WikiText-2's test split is for evaluation and nothing is calibrated on it: put the training split there" if "wikitext2/train" in pattern else ""
+            raise DataError(f"dataset.files: nothing matches {pattern!r} in {base}{hint}")
         found += matches
     if not found:
         raise DataError("dataset.files is empty; dataset.source=files needs at least one path")

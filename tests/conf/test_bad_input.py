@@ -144,7 +144,7 @@ TABLE = {
     "more sequences than there are": Bad(("dataset.sequences=1000000",), ("bytes of text, so at most", "512000000 are needed")),
     "protocol without its data": Bad(("model=tiny", "evaluation.protocols=ppl_wikitext2_s128"), ("test-00000-of-00001.parquet", "LBLLM_DATA"), env={"LBLLM_DATA": "{w}/data"}),
     "protocol without LBLLM_DATA": Bad(("model=tiny", "evaluation.protocols=ppl_ptb_s128"), ("ptb.test.txt", "LBLLM_DATA, which is not set"), env={"LBLLM_DATA": None}),
-    "calibrating on WikiText-2 without its training split": Bad(("dataset=wikitext2",), ("text/wikitext2/train",), env={"LBLLM_DATA": "{w}/data"}),
+    "calibrating on WikiText-2 without its training split": Bad(("dataset=wikitext2",), ("text/wikitext2/train", "nothing is calibrated on it", "put the training split there"), env={"LBLLM_DATA": "{w}/data"}),
     "model and text both wrong": Bad((*text("empty.txt"), "model.source=folder", "model.path={w}/pickled"), ("can run code", "empty.txt holds no text")),
     # places and programs
     "home under a file": Bad(("model=tiny",), ("home folder {w}/file/home cannot be written", "LBLLM_HOME"), env={"LBLLM_HOME": "{w}/file/home"}),
@@ -194,6 +194,7 @@ def call(bad: Bad, shop: Path) -> int:
     return launch.main(["run" if bad.command == "run" else "preflight", *typed])
 
 
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize("name", TABLE)
 def test_bad_input(name: str, shop: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     bad = TABLE[name]

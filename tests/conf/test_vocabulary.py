@@ -67,6 +67,7 @@ def differences(one: RunConfig, other: RunConfig) -> set[str]:
 
 @pytest.mark.parametrize("model", ["tiny", "smollm2_135m"])
 @pytest.mark.parametrize("experiment", ABLATIONS)
+@pytest.mark.usefixtures("composed_once")
 def test_an_ablation_is_the_models_recipe_plus_its_own_lines(experiment: str, model: str) -> None:
     own = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
     assert own.pop("base") == "default"
