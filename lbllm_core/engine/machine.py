@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from lbllm_core.engine.hardware import Hardware
@@ -56,13 +56,23 @@ class Rates:
 
 def limits(hardware: Hardware, home: Path) -> Limits:
     """What is there. `home` may not exist yet: the nearest folder above it that does is asked."""
-    memory = psutil.virtual_memory()
-    host = min([int(memory.total), *_cgroup_limits()])
+    total, available = host_memory()
+    host = min([total, *_cgroup_limits()])
     device = free = 0
     if hardware.device.type == "cuda":
         free, device = torch.cuda.mem_get_info(hardware.device)
     place = next(p for p in (home, *home.parents) if p.exists())
-    return Limits(host, min(host, int(memory.available)), device, free, shutil.disk_usage(place).free)
+    return Limits(host, min(host, available), device, free, shutil.disk_usage(place).free)
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of memory: all of it, and what programs could get now (all of it where the system does not say)."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if ":" in line)
+        return int(lines["MemTotal"].split()[0]) * 1024, int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return total, total
 
 
 def _cgroup_limits() -> list[int]:
