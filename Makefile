@@ -18,6 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install run test generate export up down status config lint kernels tables clean
 .PHONY: sweep sweep-status sweep-retry compare screenshots
 export PROMPT
+.PHONY: preflight doctor
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -52,6 +53,12 @@ sweep-retry: kernels ## the same sweep again, what failed or was stopped: SWEEP=
 
 compare: $(STAMP) ## table and pictures of finished runs: SWEEP=name, without it all of them
 	@$(PY) -m flows.compare "$$SWEEP"
+
+preflight: kernels ## what a run would need (time, memory, disk, what binds) and whether it fits; ARGS as for `make run`
+	@$(PY) -m flows.launch preflight $(if $(FULL),--full) $(ARGS)
+
+doctor: $(STAMP) ## versions, device, kernels, data, disk, servers: what is there, and what to do where something is missing
+	@$(PY) -m flows.launch doctor
 
 test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part
 	@$(PY) -m pytest $(TESTS)

@@ -5,6 +5,10 @@ Hydra merges the chosen files (`scheme=w2a4`, `experiment=tiny`); single values 
 `RunConfig`; what goes wrong is one ConfigError that lists every problem with its place and the closest word that exists.
 Hydra's own advice (to add unknown keys with a plus sign) would have them accepted and then ignored, so it is never shown.
 
+An experiment file is one of two things. A *recipe* chooses files and sets values, by Hydra's own means. A *delta* begins with
+`base: default` and only sets values: it is laid over the recipe that the chosen model has without it, so that one file
+(`ablation_stage4_off`) means the same change on every model. `base: NAME` lays it over that recipe instead.
+
 Composing is not thread-safe (Hydra keeps a global), hence the lock.
 """
 
@@ -47,8 +51,10 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     experiment = choices.get("experiment") or _default_experiment(choices)
+    base, delta = _delta(experiment, choices)
+    composed = _compose_files({**choices, "experiment": base})
     choices["experiment"] = experiment
-    composed = merged(_compose_files(choices), {"experiment": experiment, **values})
+    composed = merged(composed, {**delta, "experiment": experiment, **values})
     origins = _origins(choices, [split(override)[0] for override in fields])
     found = all_problems(composed)
     if found:
@@ -81,6 +87,32 @@ def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, str], list[str], li
 def _default_experiment(choices: Mapping[str, str]) -> str:
     model = choices.get("model", "")
     return model if model in groups()["experiment"] else DEFAULT_EXPERIMENT
+
+
+def _delta(experiment: str, choices: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The recipe under an experiment and the dotted values laid over it: a recipe is its own base, with nothing over it."""
+    content = _read(experiment)
+    base = content.pop("base", None)
+    if base is None:
+        return experiment, {}
+    where = f"{CONF.name}/experiment/{experiment}.yaml"
+    recipe = _default_experiment(choices) if base == "default" else str(base)
+    if recipe not in groups()["experiment"] or "base" in _read(recipe):
+        raise ConfigError([f"{where}: base: {base} is no recipe; write `base: default` or the name of an experiment without a base"])
+    if "defaults" in content:
+        raise ConfigError([f"{where}: a file with a base sets values only; remove `defaults`, or make it a recipe without `base`"])
+    return recipe, {f"{section}.{k}": v for section, inner in content.items() if isinstance(inner, dict) for k, v in inner.items()} | {
+        key: value for key, value in content.items() if not isinstance(value, dict)
+    }
+
+
+def _read(experiment: str) -> dict[str, Any]:
+    path = CONF / "experiment" / f"{experiment}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError([f"{CONF.name}/experiment/{experiment}.yaml cannot be read: {_first_line(error)}"]) from None
+    return dict(content) if isinstance(content, dict) else {}
 
 
 def _compose_files(choices: Mapping[str, str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from prefect.runtime import flow_run
 
 from flows.compose import compose
 from lbllm_core.engine.artifacts import home_folder
+from lbllm_core.engine.preflight import preflight
 from lbllm_core.pipeline import check_gate
 from tasks.act_quant import act_quant
 from tasks.end_to_end import end_to_end
@@ -44,6 +45,7 @@ def lbllm(model: str = "", experiment: str = "", scheme: str = "", dataset: str 
     choices = {"model": model, "experiment": experiment, "scheme": scheme, "dataset": dataset, "seed": str(seed)}
     config = compose([*(f"{key}={value}" for key, value in choices.items() if value), *(overrides or [])])
     home = home_folder()
+    preflight(config, home)
     with LabBook(config, home) as book:
         run = Run(config, home, book)
         teacher = evaluate_teacher(run)

@@ -1,8 +1,10 @@
-"""What the Makefile's targets do: `python -m flows.launch run|up|down|status [section.field=value ...]`.
+"""What the Makefile's targets do: `python -m flows.launch run|preflight|doctor|up|down|status [section.field=value ...]`.
 
-`run` checks the configuration before anything is started, finds or starts a Prefect server, runs the flow in this process,
-prints the result table and where to look next, and stops what it started. `up` and `down` start and stop the three
-background programs. Exit codes: 0, 1 for a failed run, 2 for a wrong configuration, 130 when interrupted.
+`run` checks the configuration and does the preflight before anything is started, finds or starts a Prefect server, runs the
+flow in a process of its own, prints the result table and where to look next, and stops what it started. `preflight` only tells
+what a run would need, `doctor` what this machine has. `up` and `down` start and stop the three background programs. Exit
+codes: 0; 1 for a run that failed; 2 when what was given cannot be used (configuration, model, text, machine too small); 130
+when interrupted.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
     from flows.compose import compose
 
     config = compose(overrides)
+    refused = subprocess.run([sys.executable, "-m", "flows.launch", "preflight", "--brief", *overrides], check=False).returncode
+    if refused:  # a process of its own, so that torch does not stay in this one's memory while the run needs it
+        return refused
     memory, began = PeakMemory(), time.monotonic()
     (home / "results").mkdir(exist_ok=True)
     answer = home / "results" / f".of-process-{os.getpid()}.json"
@@ -50,7 +55,7 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
     result = json.loads(answer.read_text(encoding="utf-8"))
     answer.unlink()
     seconds = time.monotonic() - began
-    print_outcome(result, home, seconds, memory.peak_gb())
+    print_outcome(config, result, home, seconds, memory.peak_gb())
     if record is not None:
         record_results(record, config, result, seconds, memory.peak_gb())
     return 0
@@ -62,6 +67,17 @@ def show_config(overrides: Sequence[str]) -> int:
     from lbllm_core.config import config_to_dict
 
     print(json.dumps(config_to_dict(compose(overrides)), indent=1, sort_keys=True))
+    return 0
+
+
+def preflight(home: Path, overrides: Sequence[str], brief: bool) -> int:
+    """What a run would need, held against what there is; a table, or one line."""
+    from flows.compose import compose
+    from lbllm_core.engine import preflight as check
+
+    config = compose(overrides)
+    found, limits = check.preflight(config, home)
+    print(check.one_line(config, found, limits) if brief else check.report(config, found, limits), flush=True)
     return 0
 
 
@@ -135,19 +151,26 @@ class PeakMemory:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m flows.launch", description="Run LBLLM's flow, or its background programs.")
-    parser.add_argument("action", choices=("run", "up", "down", "status", "config"))
+    parser.add_argument("action", choices=("run", "preflight", "doctor", "up", "down", "status", "config"))
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     parser.add_argument("--record", type=Path, help="also write the measured times into this results file")
     parser.add_argument("--full", action="store_true", help="evaluate on complete splits (evaluation=full)")
+    parser.add_argument("--brief", action="store_true", help="preflight: one line instead of the table")
     chosen = parser.parse_intermixed_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     overrides = [*(["evaluation=full"] if chosen.full else []), *chosen.overrides]
     try:
         if chosen.action == "config":
             return show_config(overrides)
+        if chosen.action == "doctor":
+            from flows.doctor import doctor
+
+            return doctor()
         home = home_folder()
         if chosen.action == "run":
             return run(home, overrides, chosen.record)
+        if chosen.action == "preflight":
+            return preflight(home, overrides, chosen.brief)
         return {"up": up, "down": down, "status": status}[chosen.action](home)
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)

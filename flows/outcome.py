@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lbllm_core.config import RunConfig
+from lbllm_core.report.expected import expectations_plain
 from lbllm_core.report.records import write_results
 from lbllm_core.report.summary import step_cells
 from lbllm_core.report.tables import comparison, plain
@@ -13,11 +14,13 @@ from lbllm_core.report.tables import comparison, plain
 UNITS = {"tok_s": "token/s", "minutes": "min", "_bytes": "byte", "_bpw": "bit/weight", "_mb": "MB", "_gb": "GB", "_db": "dB", "_s": "s"}
 
 
-def print_outcome(result: dict[str, Any], home: Path, seconds: float, peak_gb: float) -> None:
+def print_outcome(config: RunConfig, result: dict[str, Any], home: Path, seconds: float, peak_gb: float) -> None:
     """Result table, minutes a step, and the next places to look."""
     packed = [s for s in result["steps"] if s["step"] == "pack_and_benchmark" and s["row"] == "final"]
     print()
     print(plain(comparison(result["rows"])))
+    if config.evaluation.expected:
+        print(expectations_plain(result["rows"], config.evaluation))
     print(plain(step_cells(result["steps"])))
     print(f"{seconds / 60:.1f} minutes in all, {peak_gb:.1f} GB at most (all processes)")
     print("\nWhere to look next")

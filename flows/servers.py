@@ -28,7 +28,8 @@ import psutil
 from filelock import FileLock
 
 from lbllm_core.engine.files import write_atomic
-from lbllm_core.errors import LbllmError
+from lbllm_core.errors import ConfigError, LbllmError
+from tasks.tracking import artifact_uri, store_uri
 
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5226
@@ -57,16 +58,24 @@ class Server:
 
 def prefect_port() -> int:
     """LBLLM_PREFECT_PORT, else the port in `prefect.toml`, which the bare `prefect` command uses."""
-    chosen = os.environ.get("LBLLM_PREFECT_PORT")
+    chosen = _chosen_port("LBLLM_PREFECT_PORT")
     if chosen:
-        return int(chosen)
+        return chosen
     url = str(tomllib.loads(SETTINGS.read_text(encoding="utf-8"))["api"]["url"])
     return int(url.rpartition(":")[2].partition("/")[0])
 
 
 def mlflow_port() -> int:
     """LBLLM_MLFLOW_PORT, else ours."""
-    return int(os.environ.get("LBLLM_MLFLOW_PORT") or MLFLOW_PORT)
+    return _chosen_port("LBLLM_MLFLOW_PORT") or MLFLOW_PORT
+
+
+def _chosen_port(variable: str) -> int:
+    """A port from the environment; 0 when the variable is not set."""
+    text = os.environ.get(variable, "")
+    if text and not (text.isdecimal() and 1024 <= int(text) <= 65535):
+        raise ConfigError([f"{variable}={text!r} is no port; give a number from 1024 to 65535, or unset it"])
+    return int(text or 0)
 
 
 def environment(home: Path, port: int) -> dict[str, str]:
@@ -115,9 +124,7 @@ def start_prefect(home: Path, keeper: str, port: int) -> Server:
 
 def start_mlflow(home: Path, port: int) -> Server:
     """MLflow's page over the home's store, without its job runners: two processes instead of ten."""
-    artifacts = (home / "mlflow-artifacts").as_uri()
-    store = f"sqlite:///{home / 'mlflow.db'}"
-    options = ["--backend-store-uri", store, "--default-artifact-root", artifacts, "--host", HOST, "--port", str(port), "--workers", "1"]
+    options = ["--backend-store-uri", store_uri(home), "--default-artifact-root", artifact_uri(home), "--host", HOST, "--port", str(port), "--workers", "1"]
     return start(home, "mlflow", ["-m", "mlflow", "server", *options], "up", port, lambda: answers(f"http://{HOST}:{port}/health"))
 
 

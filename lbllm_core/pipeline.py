@@ -27,7 +27,7 @@ from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import GateError
 
 _MODEL = tuple(f"model.{name}" for name in ("source", "path", "file", "sha256", "context", "add_bos", "blocks"))
-_DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len")))
+_DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len", "temperature")))
 _WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size"))
 _ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "act_group_size", "kv_bits"))
 _MEASURED = tuple(f"evaluation.{name}" for name in ("protocols", "tasks", "task_limit", "batch_tokens"))
@@ -150,13 +150,14 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
 
     `weights`: the teacher's digest when the caller has it already (seven billion parameters take half a minute to read).
     """
+    from lbllm_core.data.self_generated import generated_digest
     from lbllm_core.data.tokens import data_digest, evaluation_digest
     from lbllm_core.engine.hardware import resolve
     from lbllm_core.model.load import teacher_digest
 
     found = resolve(config.hardware).describe() | {"model weights": weights or teacher_digest(config.model, home)}
     if any(name.startswith("dataset.") for name in spec.fields):
-        found["calibration text"] = data_digest(config.dataset)
+        found["calibration text"] = generated_digest(config, home) if config.dataset.source == "self_generated" else data_digest(config.dataset)
     if any(name.startswith("evaluation.") for name in spec.fields):
         found["evaluation data"] = evaluation_digest(config)
     if spec.name == "pack_and_benchmark":  # the products are the same on every path, their speed is not

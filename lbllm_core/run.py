@@ -20,11 +20,13 @@ from typing import Any
 
 from lbllm_core.config import RunConfig, config_from_dict, config_to_dict
 from lbllm_core.engine.artifacts import Handle, home_folder, prepare_home, read_seconds, run_step
+from lbllm_core.engine.preflight import one_line, preflight
 from lbllm_core.engine.progress import Report
 from lbllm_core.engine.terminal import Terminal
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.overrides import all_problems, explain, merged, read
 from lbllm_core.pipeline import Finished, check_gate, facts, plan, why_skipped
+from lbllm_core.report.expected import expectations_plain
 from lbllm_core.report.method import method_records
 from lbllm_core.report.records import write_results
 from lbllm_core.report.summary import result_rows, step_cells, step_entries
@@ -88,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("lbllm_core").setLevel(logging.INFO)
     try:
         config = read_config(chosen.config, chosen.overrides)
-        finished = run_pipeline(config, prepare_home(chosen.home) if chosen.home else home_folder())
+        home = prepare_home(chosen.home) if chosen.home else home_folder()
+        log.info(one_line(config, *preflight(config, home)))
+        finished = run_pipeline(config, home)
     except LbllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -96,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.record:
         write_results(chosen.record, f"python -m lbllm_core.run ({config.experiment})", method_records(config, rows))
     print(plain(comparison(rows)))
+    if config.evaluation.expected:
+        print(expectations_plain(rows, config.evaluation))
     print(plain(step_cells(step_entries(finished))))
     return 0
 

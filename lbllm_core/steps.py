@@ -46,7 +46,7 @@ class _Bench:
 
         self.hardware: Hardware = resolve(config.hardware)
         teacher = load_teacher(config.model, home)
-        self.ids: Tensor = calibration_tokens(config, teacher.tokenizer)[:sequences].to(self.hardware.device)
+        self.ids: Tensor = calibration_tokens(config, teacher.tokenizer, home)[:sequences].to(self.hardware.device)
         self.decoder = Decoder(teacher.model.to(self.hardware.device).requires_grad_(False))
         self.tokenizer = teacher.tokenizer
 
@@ -140,7 +140,7 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     packing = pack_student(teacher.model, blocks, folder, c.scheme, teacher.tokenizer, _origin(c, student))
     device = resolve(c.hardware).device
     packed, on_device = load_packed(folder, device), teacher.model.to(device)
-    ids = _check_ids(c, teacher.tokenizer).to(device)
+    ids = _check_ids(c, teacher.tokenizer, context.home).to(device)
     integers = check_integers(packed, ids)
     fake = fake_quant_model(on_device, [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
     logits = check_logits(packed, fake, ids)
@@ -195,11 +195,11 @@ def _origin(c: RunConfig, student: Path) -> Origin:
     return Origin(m.name, base, m.license, data, dict(_student(student)["recipe"]))
 
 
-def _check_ids(c: RunConfig, tokenizer: Any) -> Tensor:
+def _check_ids(c: RunConfig, tokenizer: Any, home: Path) -> Tensor:
     """One sequence of calibration text for the packed check, `(1, check_tokens)`."""
     from lbllm_core.data.tokens import calibration_tokens
 
-    return calibration_tokens(c, tokenizer).flatten()[: min(c.pack.check_tokens, c.model.context)][None]
+    return calibration_tokens(c, tokenizer, home).flatten()[: min(c.pack.check_tokens, c.model.context)][None]
 
 
 def _with_sites(state: BlockState, variant: str) -> BlockState:

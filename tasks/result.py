@@ -10,6 +10,7 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact
 
 from lbllm_core.engine.files import write_atomic
+from lbllm_core.report.expected import comparisons, expectation_figures, expectations_markdown
 from lbllm_core.report.plots import curves, perplexity_bars
 from lbllm_core.report.summary import result_rows, step_cells, step_entries
 from lbllm_core.report.tables import comparison, markdown
@@ -23,7 +24,11 @@ def publish(run: Run, book: LabBook) -> dict[str, Any]:
     """Write the result table to each place; returns `{'rows': ..., 'steps': ..., 'mlflow_run': id}` and keeps it as JSON."""
     rows, steps = result_rows(run.finished), step_entries(run.finished)
     result = {"rows": rows, "steps": steps, "mlflow_run": book.run_id, "config": book.digest}
-    text = f"{markdown(comparison(rows))}\n{markdown(step_cells(steps))}"
+    evaluation = run.config.evaluation
+    if evaluation.expected:
+        result["expected"] = comparisons(rows, evaluation)
+        book.figures(expectation_figures(rows, evaluation))
+    text = "\n".join(part for part in (markdown(comparison(rows)), expectations_markdown(rows, evaluation), markdown(step_cells(steps))) if part)
     book.text("result.md", text)
     folder = run.home / "results" / book.digest[:16]
     folder.mkdir(parents=True, exist_ok=True)

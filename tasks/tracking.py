@@ -129,6 +129,10 @@ class LabBook:
         self._note("file", {"path": str(manifest), "folder": f"manifests/{front}{handle.step}"})
         self.flush()
 
+    def figures(self, figures: dict[str, float]) -> None:
+        """Figures of the run as a whole: what was expected, and by how much it was missed."""
+        self._metrics(figures)
+
     def text(self, name: str, content: str) -> None:
         """A text file beside the run: the resolved config, the result table."""
         self._note("text", {"name": name, "content": content})

@@ -17,25 +17,21 @@ shorter context is measured on shorter windows, and the metric is then called af
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from lbllm_core.config import RunConfig
+from lbllm_core.config import PROTOCOL, RunConfig, protocol_problem
 from lbllm_core.data import text, tokens
 from lbllm_core.data.synthetic import Language
 from lbllm_core.errors import ConfigError, DataError
 from lbllm_core.model.load import tiny_seed
 
-WIKITEXT_FILE = "text/wikitext2/test-00000-of-00001.parquet"
-PTB_FILE = "text/ptb/ptb.test.txt"
 WINDOW = {"wikitext2": 2048, "ptb": 2048, "c4": 2048, "tinystories": 512, "embedded": 2048, "synthetic": 128}
 WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")
 C4_WINDOWS = 64
 SYNTHETIC_ROWS = 64
-_PATTERN = re.compile(rf"ppl_({'|'.join(WINDOW)})(?:_(\d+)k)?(?:_s(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,10 @@ class Protocol:
 
 def parse(name: str, context: int = 1 << 20) -> Protocol:
     """The protocol of a name for a model with `context` tokens. Raises ConfigError with the vocabulary."""
-    found = _PATTERN.fullmatch(name)
-    if found is None:
-        raise ConfigError([f"evaluation.protocols holds {name!r}; a protocol is ppl_<text>[_<n>k][_s<window>] with text one of {', '.join(WINDOW)}"])
+    problem, found = protocol_problem(name), PROTOCOL.fullmatch(name)
+    if problem or found is None:
+        raise ConfigError([problem])
     kind, amount, window = found.groups()
-    if window is not None and int(window) < 8:
-        raise ConfigError([f"evaluation.protocols holds {name!r}; a window has at least 8 tokens"])
     return Protocol(kind, int(amount or 0), min(int(window or WINDOW[kind]), context))
 
 
@@ -93,9 +87,9 @@ def _texts(kind: str, config: RunConfig) -> list[str]:
         language = Language(tiny_seed(config.model) if config.model.source == "synthetic" else 0)
         return [language.text(SYNTHETIC_ROWS, WINDOW[kind], tokens.EVALUATION_STREAM)]
     if kind == "wikitext2":
-        return ["\n\n".join(text.read_columns(text.local_file(WIKITEXT_FILE), ("text",))["text"])]
+        return ["\n\n".join(text.read_columns(text.local_file(text.WIKITEXT_FILE), ("text",))["text"])]
     if kind == "ptb":
-        lines = text.local_file(PTB_FILE).read_text(encoding="utf-8").splitlines()
+        lines = text.local_file(text.PTB_FILE).read_text(encoding="utf-8").splitlines()
         return [" ".join(line.strip() for line in lines if line.strip())]
     documents = text.embedded_passages()[1] if kind == "embedded" else text.held_out_documents(kind)
     return [document + tokens.JOINT for document in documents]
@@ -107,4 +101,4 @@ def protocol_files(kind: str) -> list[Any]:
         return []
     if kind == "embedded":
         return [text.package_data(text.PARTS["boolq"][0])]
-    return [text.local_file({"wikitext2": WIKITEXT_FILE, "ptb": PTB_FILE, "c4": text.C4_FILE, "tinystories": text.STORIES_FILE}[kind])]
+    return [text.local_file({"wikitext2": text.WIKITEXT_FILE, "ptb": text.PTB_FILE, "c4": text.C4_FILE, "tinystories": text.STORIES_FILE}[kind])]

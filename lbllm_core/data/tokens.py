@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,12 +66,22 @@ def bos_of(model: ModelConfig, tokenizer: Any) -> int | None:
     return int(tokenizer.bos_token_id)
 
 
-def calibration_tokens(config: RunConfig, tokenizer: Any) -> Tensor:
-    """Token ids `(dataset.sequences, dataset.seq_len)`, int64, decided by config and seed. Raises DataError when too short."""
-    data = config.dataset
+def require_context(config: RunConfig, tokenizer: Any) -> None:
+    """DataError when the sequences are longer than what the loaded model was trained with."""
     context = min(config.model.context, int(tokenizer.model_max_length))
-    if data.seq_len > context:
-        raise DataError(f"dataset.seq_len={data.seq_len} is longer than the {context} tokens of {config.model.name}'s context; lower it")
+    if config.dataset.seq_len > context:
+        raise DataError(f"dataset.seq_len={config.dataset.seq_len} is longer than the {context} tokens of {config.model.name}'s context; lower it")
+
+
+def calibration_tokens(config: RunConfig, tokenizer: Any, home: Path | None = None) -> Tensor:
+    """Token ids `(dataset.sequences, dataset.seq_len)`, int64, decided by config and seed. Raises DataError when too short.
+
+    `home` is where self-generated text is kept; the other sources do not need it.
+    """
+    data = config.dataset
+    require_context(config, tokenizer)
+    if data.source == "self_generated":
+        return _self_generated(config, home)
     bos = bos_of(config.model, tokenizer)
     wanted = data.sequences * (data.seq_len - (bos is not None))
     ids = _synthetic_ids(config, tokenizer, wanted) if data.source == "synthetic" else _document_ids(config, tokenizer, wanted)
@@ -80,6 +91,14 @@ def calibration_tokens(config: RunConfig, tokenizer: Any) -> Tensor:
             "add files or lower dataset.sequences or dataset.seq_len"
         )
     return cut(ids[:wanted], data.seq_len, bos)
+
+
+def _self_generated(config: RunConfig, home: Path | None) -> Tensor:
+    from lbllm_core.data.self_generated import generated_tokens  # imported late: it reads tokens of this module
+
+    if home is None:
+        raise DataError("dataset.source=self_generated is kept in a home folder; call calibration_tokens with one")
+    return generated_tokens(config, home)
 
 
 def _synthetic_ids(config: RunConfig, tokenizer: Any, wanted: int) -> list[int]:
@@ -105,7 +124,7 @@ def _document_ids(config: RunConfig, tokenizer: Any, wanted: int) -> list[int]:
 
 
 def data_digest(config: DatasetConfig) -> str:
-    """sha256 (hex) of the calibration text: file contents, and what is held out of them."""
+    """sha256 (hex) of the calibration text: file contents, and what is held out of them. Of self-generated text: `generated_digest`."""
     facts: list[Any] = [SELECTION, config.source, sorted(text.HELD_OUT_SHARE.items())]
     if config.source == "embedded":
         facts += [file_digest(text.package_data(text.PARTS[name][0])) for name in config.files or ("boolq",) if name in text.PARTS]

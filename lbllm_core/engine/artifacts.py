@@ -41,10 +41,11 @@ from lbllm_core.engine.files import sha256_file, write_atomic
 from lbllm_core.engine.fingerprint import code_fingerprint
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
-from lbllm_core.errors import ArtifactError, NumericalError
+from lbllm_core.errors import ArtifactError, HomeError, NumericalError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+ADDRESS_CHARACTERS = ("?", "%")  # a store under such a path would lie elsewhere
 NOT_RESULTS = ("manifest.json", "prefect.json", "timing", "benchmark", "damaged-")  # files whose names start so are not content
 ALWAYS_VISIBLE = ("experiment", "model.name", "dataset.name", "hardware")
 log = logging.getLogger(__name__)
@@ -85,15 +86,17 @@ def home_folder() -> Path:
 
 
 def prepare_home(home: Path) -> Path:
-    """The home folder, absolute and writable; an ArtifactError says why when it cannot be."""
+    """The home folder, absolute and writable; a HomeError says why when it cannot be."""
     home = home.expanduser().absolute()
+    if any(c in str(home) for c in ADDRESS_CHARACTERS):
+        raise HomeError(f"home folder {home}: its path holds one of {' '.join(ADDRESS_CHARACTERS)}, which mean something else in a database's address; set LBLLM_HOME to another")
     try:
         (home / "artifacts").mkdir(parents=True, exist_ok=True)
         probe = home / f".writable-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ArtifactError(f"home folder {home} cannot be written ({error.strerror}); set LBLLM_HOME to a folder that can") from error
+        raise HomeError(f"home folder {home} cannot be written ({error.strerror}); set LBLLM_HOME to a folder that can") from error
     return home
 
 

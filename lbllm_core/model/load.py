@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,18 +52,18 @@ class Teacher:
 
 def load_teacher(config: ModelConfig, home: Path) -> Teacher:
     """Load the model of a configuration; conversions are cached under `home`/models. Raises ModelError with a remedy."""
-    with _quiet():
+    with quiet():
         source = _locate(config, home)
         folder = source.folder()
         model = _load_model(folder, config)
-        tokenizer = _load_tokenizer(folder, model)
+        tokenizer = load_tokenizer(folder, model.get_input_embeddings().weight.shape[0])
     tokenizer.model_max_length = min(config.context, int(model.config.max_position_embeddings))
     return Teacher(model, tokenizer, source.digest)
 
 
 def teacher_digest(config: ModelConfig, home: Path) -> str:
     """The digest that `load_teacher` would return, from file contents alone (`tiny` is trained if it is not cached)."""
-    with _quiet():
+    with quiet():
         return _locate(config, home).digest
 
 
@@ -98,30 +99,38 @@ def _locate(config: ModelConfig, home: Path) -> _Source:
     if config.source == "synthetic":
         trained = _synthetic(config, home)
         return _Source(_digest(folder_digest(trained, CONTENT), config), lambda: trained)
-    if config.source == "hub":
-        folder = _download(config)
-    elif config.source == "package":
-        folder = package_folder(config.path)
-    else:
-        folder = _local_folder(config)
+    folder = source_folder(config, ("*.json",) if config.file else CONTENT)
     if not config.file:
-        _check_sha(folder / "model.safetensors", config.sha256)
+        check_sha(folder / "model.safetensors", config.sha256)
         return _Source(_digest(folder_digest(folder, CONTENT), config), lambda: folder)
+    file = gguf_file(config, folder)
+    key = hashlib.sha256(f"gguf {gguf.CONVERSION} {check_sha(file, config.sha256)}".encode()).hexdigest()
+    place = home / "models" / f"{config.name}-{key[:16]}"
+    return _Source(_digest(key, config), lambda: published(place, lambda part: gguf.convert(file, part)))
+
+
+def source_folder(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
+    """The folder that a model of another source than synthetic lies in; of a hub model only files that match are fetched."""
+    if config.source == "hub":
+        return _download(config, patterns)
+    return package_folder(config.path) if config.source == "package" else _local_folder(config)
+
+
+def gguf_file(config: ModelConfig, folder: Path) -> Path:
+    """`model.file` in its folder. Raises ModelError when it is not there or no GGUF."""
     file = folder / config.file
     if file.suffix != ".gguf":
         raise ModelError(f"model.file={config.file}: only .gguf files are read this way; leave it empty for a folder with *.safetensors")
     if not file.is_file():
         raise ModelError(f"model.file: there is no {config.file} in {folder}; look at model.path and model.file")
-    key = hashlib.sha256(f"gguf {gguf.CONVERSION} {_check_sha(file, config.sha256)}".encode()).hexdigest()
-    place = home / "models" / f"{config.name}-{key[:16]}"
-    return _Source(_digest(key, config), lambda: published(place, lambda part: gguf.convert(file, part)))
+    return file
 
 
 def _digest(content: str, config: ModelConfig) -> str:
     return hashlib.sha256(f"{content} blocks={config.blocks}".encode()).hexdigest()
 
 
-def _check_sha(file: Path, expected: str) -> str:
+def check_sha(file: Path, expected: str) -> str:
     """sha256 of a file. Raises ModelError when it is not the expected one (empty: anything goes, nothing is read)."""
     if not expected and file.suffix != ".gguf":
         return ""
@@ -162,29 +171,38 @@ def _local_folder(config: ModelConfig) -> Path:
     return folder
 
 
-def _download(config: ModelConfig) -> Path:
+def _download(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
     """The local snapshot of a hub model. Raises ModelError when it is gated, unknown, or not cached and out of reach."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    wanted = [config.file, "*.json"] if config.file else list(CONTENT)
+    wanted = [config.file, *patterns] if config.file else list(patterns)
     try:
         return Path(snapshot_download(config.path, allow_patterns=wanted))
     except GatedRepoError as error:
         raise ModelError(f"the hub model {config.path} is gated: accept its licence on its page and log in with `hf auth login`; {OFFLINE}") from error
     except RepositoryNotFoundError as error:
         raise ModelError(f"the hub has no model {config.path} that you may read; look at model.path or log in with `hf auth login`; {OFFLINE}") from error
+    except HFValidationError as error:
+        raise ModelError(f"model.path={config.path!r} is no hub id (one looks like owner/name); {OFFLINE}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"the hub model {config.path} is not in the local cache and cannot be fetched ({type(error).__name__}); {OFFLINE}") from error
 
 
-def _read_config(folder: Path, blocks: int) -> Any:
+def read_config(folder: Path, blocks: int) -> Any:
     """The transformers configuration, cut to `blocks`. Raises ModelError for what is plainly no decoder."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json: it is not a transformers model folder")
+    _refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
@@ -196,12 +214,39 @@ def _read_config(folder: Path, blocks: int) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder} is already quantized (quantization_config in config.json); give the full-precision weights")
     if blocks:
-        if blocks > config.num_hidden_layers:
-            raise ModelError(f"model.blocks={blocks}, but {folder.name} has {config.num_hidden_layers} blocks; 0 keeps all")
-        config.num_hidden_layers = blocks
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:blocks]
+        cut(config, blocks, folder.name)
     return config
+
+
+def cut(config: Any, blocks: int, name: str) -> None:
+    """Keep the first `blocks` blocks of a transformers configuration, in place. Raises ModelError when there are fewer."""
+    if blocks > config.num_hidden_layers:
+        raise ModelError(f"model.blocks={blocks}, but {name} has {config.num_hidden_layers} blocks; 0 keeps all")
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:blocks]
+
+
+def _refuse_code(folder: Path) -> None:
+    """ModelError when config.json asks for Python files of its own, or is no JSON object."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        asked = content.get("auto_map")
+    except (ValueError, AttributeError, OSError) as error:
+        raise ModelError(f"{folder}/config.json cannot be used ({_first_line(error)}); fetch it again") from None
+    if asked:
+        raise ModelError(
+            f"{folder}/config.json asks for code of its own (auto_map: {', '.join(sorted(map(str, asked)))}); code inside a model folder is never run. "
+            "If the model is a plain Llama, Mistral or Qwen, remove auto_map from config.json"
+        )
+
+
+def require_safetensors(folder: Path) -> None:
+    """ModelError when a folder holds no weights that are read here."""
+    if not list(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        there = f"only {pickled[0]}; " if pickled else ""
+        raise ModelError(f"{folder} holds no *.safetensors, {there}pickled weights (.bin, .pt) are not read because they can run code: convert them first")
 
 
 def _load_model(folder: Path, settings: ModelConfig) -> Any:
@@ -210,11 +255,10 @@ def _load_model(folder: Path, settings: ModelConfig) -> Any:
 
     from lbllm_core.model.blocks import Decoder
 
-    config = _read_config(folder, settings.blocks)
+    config = read_config(folder, settings.blocks)
     with torch.device("meta"):
         Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} holds no *.safetensors; pickled weights (.bin, .pt) are not read because they can run code: convert them first")
+    require_safetensors(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
@@ -227,14 +271,14 @@ def _load_model(folder: Path, settings: ModelConfig) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(folder: Path, model: Any) -> Any:
+def load_tokenizer(folder: Path, rows: int) -> Any:
+    """The tokenizer of a folder. Raises ModelError when it cannot be read or knows more tokens than the embedding's `rows`."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
         raise ModelError(f"the tokenizer in {folder} cannot be read ({_first_line(error)}); copy tokenizer.json beside the weights") from error
-    rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the embedding has {rows} rows: they do not belong together")
     return tokenizer
@@ -245,7 +289,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its progress bars and warnings while a model is read; the state before is put back."""
     from transformers.utils import logging as chatter
 

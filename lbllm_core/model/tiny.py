@@ -54,18 +54,24 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, unk_token=END, pad_token=END, model_max_length=CONTEXT)
 
 
-def untrained(seed: int) -> Any:
-    """The architecture with seeded weights; the caller's random state is left as it was."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def architecture() -> Any:
+    """The transformers configuration."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, use_cache=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+
+
+def untrained(seed: int) -> Any:
+    """The architecture with seeded weights; the caller's random state is left as it was."""
+    from transformers import LlamaForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).float()
+        return LlamaForCausalLM(architecture()).float()
 
 
 def train(seed: int) -> Any:

@@ -179,7 +179,7 @@ def test_evaluation_digest_follows_files_and_names(root):
     def digest(*protocols_: str, tasks: tuple[str, ...] = ()) -> str:
         return tokens.evaluation_digest(RunConfig(evaluation=EvaluationConfig(protocols=protocols_, tasks=tasks)))
 
-    file = root / protocols.PTB_FILE
+    file = root / text.PTB_FILE
     with pytest.raises(DataError, match=r"no text/ptb/ptb\.test\.txt"):
         digest("ppl_ptb_s2048")
     file.parent.mkdir(parents=True)
@@ -261,3 +261,25 @@ def test_wikitext_is_the_usual_148_windows(data_folder, models_home):
     config = RunConfig(model=ModelConfig(name="smollm2", context=2048))
     assert protocols.token_windows(protocols.parse("ppl_wikitext2_s2048"), config, tokenizer).shape == (148, 2048)
     assert protocols.token_windows(protocols.parse("ppl_c4"), config, tokenizer).shape == (64, 2048)
+
+
+def test_test_text_is_never_calibrated_on(data_folder: Path, tmp_path: Path) -> None:
+    lines = (data_folder / "text/wikitext2/wiki.test.raw").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "renamed.txt").write_text("Nothing of interest stands in this line.\n\n" + "\n".join(lines[:40]), encoding="utf-8")
+    ptb = (data_folder / "text/ptb/ptb.test.txt").read_text(encoding="utf-8")
+    (tmp_path / "ptb.txt").write_text(ptb[:2000], encoding="utf-8")
+    for files, protocol in (("text/wikitext2/test*.parquet", "ppl_wikitext2"), ("renamed.txt", "ppl_wikitext2"), ("text/wikitext2/wiki.test.raw", "ppl_wikitext2"), ("ptb.txt", "ppl_ptb")):
+        path = files if files.startswith("text") else str(tmp_path / files)
+        with pytest.raises(DataError, match=rf"{protocol} is measured on.*training split"):
+            text.calibration_documents(DatasetConfig(source="files", files=(path,)))
+
+
+@pytest.mark.parametrize("name", ["c4", "redpajama"])
+def test_data_sets_of_the_vocabulary_hold_what_they_promise(data_folder: Path, name: str) -> None:
+    """The tokens of the default budget are there, after held-out text has left."""
+    from flows.compose import compose
+
+    data = compose([f"dataset={name}"]).dataset
+    documents = text.calibration_documents(data)
+    assert sum(map(len, documents)) / 5 > data.sequences * data.seq_len  # under five characters a token
+    assert not {text.document_digest(d) for d in documents} & text.protected_digests()

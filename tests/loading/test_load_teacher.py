@@ -235,7 +235,7 @@ def test_unknown_package_and_file_are_named(tmp_path):
 
 def test_a_broken_gguf_is_an_error_of_one_sentence(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 60)
-    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+    with pytest.raises(ModelError, match="is no GGUF file of version 2 or 3"):
         load_teacher(folder_config(tmp_path, file="bad.gguf"), tmp_path)
     assert not [p for p in (tmp_path / "models").iterdir() if p.suffix != ".lock" and ".part-" not in p.name]
 

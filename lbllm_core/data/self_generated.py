@@ -1,0 +1,138 @@
+"""Text that the teacher writes itself: calibration data for a model whose training text nobody has.
+
+Each sequence starts with a token drawn evenly from the vocabulary (after the BOS, for models trained with one) and goes on with
+
+    x_t ~ softmax(logits(x_<t) / temperature)
+
+Special tokens are never drawn, so a sequence is plain text of full length. A uniform start costs one odd token a sequence and buys
+variety: from the BOS alone a small model tells few stories. Sequences are sampled in batches over a KV cache, with a generator of
+their own each batch, in float32: on a CPU the same seed gives the same tokens, and more sequences begin with the fewer ones.
+
+The token ids `(sequences, seq_len)` are kept, not the text, which would be cut into other tokens when it is read again:
+
+    $LBLLM_HOME/texts/self_generated-<key16>/    tokens.safetensors · text.jsonl (to read) · figures.json · files.json (sha256)
+
+Their sha256 is what a step's key holds. Whoever asks for the digest makes the text; the pipeline asks after the teacher has passed
+its gate (`pipeline.check_gate` follows the first step), so a broken teacher writes nothing. A model can also pass the gate and
+still sample badly, at a low temperature above all: it repeats itself. Two shares tell, and the smaller is compared with
+`dataset.min_distinct`:
+
+    distinct_4         distinct 4-grams of a sequence over all its 4-grams, mean over sequences
+    distinct_sequences distinct sequences, first token left out, over all sequences
+
+Sources: LLM-QAT (arXiv 2305.17888) for the idea; distinct-n (arXiv 1510.03055) for the measure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm_core.config import RunConfig
+from lbllm_core.engine.hardware import resolve
+from lbllm_core.errors import DataError
+from lbllm_core.model.load import load_teacher, teacher_digest
+from lbllm_core.model.store import file_digest, published
+
+RECIPE = 1  # raise it when other tokens come from the same settings: it is part of the folder's key
+BATCH = 16
+NGRAM = 4
+log = logging.getLogger(__name__)
+
+
+def generated_tokens(config: RunConfig, home: Path) -> Tensor:
+    """The sampled token ids `(dataset.sequences, dataset.seq_len)`, int64; sampled now when they are not in the home folder."""
+    from safetensors.torch import load_file
+
+    ids: Tensor = load_file(_folder(config, home) / "tokens.safetensors")["ids"].clone()  # not a view of the mapped file
+    return ids
+
+
+def generated_digest(config: RunConfig, home: Path) -> str:
+    """sha256 (hex) of the sampled tokens' file. Raises DataError when the text is degenerate."""
+    folder = _folder(config, home)
+    figures: dict[str, float] = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    require_distinct(figures, config)
+    return file_digest(folder / "tokens.safetensors")
+
+
+def distinct_shares(ids: Tensor) -> dict[str, float]:
+    """`distinct_4` and `distinct_sequences` (0..1) of token ids `(sequences, tokens)`."""
+    rows = ids.tolist()
+    shares = []
+    for row in rows:
+        grams = [tuple(row[i : i + NGRAM]) for i in range(len(row) - NGRAM + 1)]
+        shares.append(len(set(grams)) / len(grams))
+    return {f"distinct_{NGRAM}": sum(shares) / len(shares), "distinct_sequences": len({tuple(row[1:]) for row in rows}) / len(rows)}
+
+
+def require_distinct(figures: dict[str, float], config: RunConfig) -> None:
+    """DataError when the text repeats itself: with the share, the limit, and what to try."""
+    name, share = min(figures.items(), key=lambda item: item[1])
+    limit = config.dataset.min_distinct
+    if share < limit:
+        raise DataError(
+            f"the text that {config.model.name} wrote at temperature {config.dataset.temperature:g} is degenerate: {name} is {share:.3f}, "
+            f"the limit dataset.min_distinct is {limit:g}; raise dataset.temperature, take another seed, or choose dataset=embedded or local files"
+        )
+
+
+@torch.no_grad()
+def sample(model: Any, first: Tensor, length: int, temperature: float, allowed: Tensor, generator: torch.Generator) -> Tensor:
+    """Continue `first (batch, n)` to `(batch, length)` token ids over a KV cache. `allowed (vocabulary,)` bool: what may be drawn."""
+    ids, last, cache = first, first, None
+    closed = ~allowed.to(first.device)
+    while ids.shape[1] < length:
+        answer = model(input_ids=last, past_key_values=cache, use_cache=True)
+        cache = answer.past_key_values
+        logits = (answer.logits[:, -1].float() / temperature).masked_fill(closed, float("-inf"))
+        last = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(first.device)
+        ids = torch.cat([ids, last], 1)
+    return ids
+
+
+def _folder(config: RunConfig, home: Path) -> Path:
+    """The published folder of this configuration's text."""
+    d = config.dataset
+    facts = [RECIPE, teacher_digest(config.model, home), config.model.add_bos, config.model.context, config.seed, d.sequences, d.seq_len, d.temperature, resolve(config.hardware).device.type]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return published(home / "texts" / f"self_generated-{key[:16]}", lambda part: _write(config, home, part))
+
+
+def _write(config: RunConfig, home: Path, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    d = config.dataset
+    log.info("self_generated: %s writes %d sequences of %d tokens", config.model.name, d.sequences, d.seq_len)
+    teacher = load_teacher(config.model, home)
+    ids = _generate(config, teacher.model.to(resolve(config.hardware).device), teacher.tokenizer)
+    save_file({"ids": ids}, folder / "tokens.safetensors")
+    lines = (json.dumps({"text": teacher.tokenizer.decode(row)}, ensure_ascii=False) for row in ids.tolist())
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "figures.json").write_text(json.dumps(distinct_shares(ids), sort_keys=True), encoding="utf-8")
+
+
+def _generate(config: RunConfig, model: Any, tokenizer: Any) -> Tensor:
+    from lbllm_core.data.tokens import bos_of, require_context
+
+    require_context(config, tokenizer)
+    d, device = config.dataset, next(model.parameters()).device
+    rows = model.get_input_embeddings().weight.shape[0]
+    allowed = torch.zeros(rows, dtype=torch.bool)
+    allowed[: len(tokenizer)] = True
+    allowed[[i for i in tokenizer.all_special_ids if i < rows]] = False
+    starts, bos = allowed.nonzero().squeeze(1), bos_of(config.model, tokenizer)
+    made = []
+    for index in range(0, d.sequences, BATCH):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+        first = starts[torch.randint(len(starts), (BATCH, 1), generator=generator)]
+        first = first if bos is None else torch.cat([torch.full((BATCH, 1), bos), first], 1)
+        made.append(sample(model, first.to(device), d.seq_len, d.temperature, allowed, generator).cpu())
+        log.info("self_generated: %d of %d sequences", min(index + BATCH, d.sequences), d.sequences)
+    return torch.cat(made)[: d.sequences].contiguous()

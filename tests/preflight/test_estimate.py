@@ -1,0 +1,167 @@
+"""The formulas against counts: shapes from real architectures, operations from torch's counter, memory against arithmetic by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from flows.compose import compose
+from lbllm_core.config import HardwareConfig, RunConfig
+from lbllm_core.engine import estimate as formulas
+from lbllm_core.engine import machine, preflight
+from lbllm_core.engine.estimate import Estimate, estimate
+from lbllm_core.engine.hardware import resolve
+from lbllm_core.engine.machine import Limits, Rates
+from lbllm_core.errors import DataError, PreflightError
+from lbllm_core.model import inspect, tiny
+from lbllm_core.model.inspect import Shapes, inspect_model
+
+RATES = Rates(1e12, 2e12, 1e11, 1e-6, 1e9)
+SEVEN_B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096)
+ROOM = Limits(10**13, 10**13, 0, 0, 10**13)
+
+
+@pytest.fixture(scope="module")
+def seven_b() -> Shapes:
+    return inspect._of_architecture(SEVEN_B, 0)
+
+
+def test_shapes_are_counted(seven_b: Shapes) -> None:
+    assert seven_b.parameters == 6_738_415_616  # LLaMA-2-7B
+    assert seven_b.linears == 4 * 4096 * 4096 + 3 * 4096 * 11008
+    assert (seven_b.blocks, seven_b.heads, seven_b.kv_heads, seven_b.head_dim) == (32, 32, 32, 128)
+    qwen = inspect._of_architecture(Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=100), 2)
+    assert (qwen.blocks, qwen.kv_heads, qwen.head_dim) == (2, 2, 16)
+
+
+def test_a_gguf_header_gives_the_same_shapes_as_the_converted_model(models_home: Path) -> None:
+    from lbllm_core.model.load import load_teacher
+
+    config = compose(["experiment=smoke"]).model
+    header = inspect_model(config, models_home)
+    teacher = load_teacher(config, models_home).model
+    folder = inspect._of_architecture(teacher.config, 0)
+    same = {name: getattr(folder, name) for name in ("blocks", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocabulary", "linears", "parameters")}
+    assert {name: getattr(header, name) for name in same} == same
+    assert header.converted
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    model = AutoModelForCausalLM.from_config(tiny.architecture(), attn_implementation="eager")  # the counter does not see the fused one
+    shapes = inspect_model(RunConfig().model, Path("unused"))
+    ids = torch.zeros(2, 128, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    ours = ids.numel() * (shapes.blocks * formulas.forward(shapes, 128) + 2 * shapes.hidden * shapes.vocabulary)
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.05)
+
+
+@pytest.mark.parametrize("experiment", ["embedded", "tiny", "paper_main_llama2_7b_w1p1a4", "ablation_wat_latent_all"])
+def test_every_planned_step_is_estimated_once(experiment: str, seven_b: Shapes) -> None:
+    config = compose([f"experiment={experiment}"])
+    found = estimate(config, seven_b, RATES, False)
+    assert {s.step for s in found.steps} == {p.spec.name for p in formulas.plan(config)}
+    assert all(s.seconds > 0 and s.host > 4 * seven_b.parameters and s.device == 0 for s in found.steps)
+    final = [s for s in found.steps if s.row == "final"]
+    assert len({s.step for s in final}) == len(final)
+
+
+def test_shared_steps_are_counted_once() -> None:
+    shapes = inspect_model(RunConfig().model, Path("unused"))
+    rows = [(s.step, s.row) for s in estimate(compose(["model=tiny"]), shapes, RATES, False).steps]
+    assert ("ptq_init", "final") in rows
+    assert ("ptq_init", "stage1") not in rows, "the row stage1 starts from the same stage 1"
+    assert ("ptq_init", "rtn") in rows
+    assert ("evaluate_model", "stage1") in rows
+
+
+def test_a_7b_on_a_gpu_needs_what_arithmetic_says(seven_b: Shapes) -> None:
+    config = dataclasses.replace(compose(["experiment=paper_main_llama2_7b_w1p1a4"]))
+    found = {s.step: s for s in estimate(config, seven_b, RATES, True).steps if s.row == "final"}
+    stream = 4 * 8192 * 2048 * 4096  # 275 GB: 16.8 million hidden states in float32
+    assert found["weight_distill"].device > 4 * seven_b.parameters + 4 * stream
+    assert found["weight_distill"].device < 4 * seven_b.parameters + 5 * stream
+    assert found["weight_distill"].host < 40e9, "streams lie on the device"
+    operations = found["weight_distill"].work.compute
+    assert operations == pytest.approx(8192 * 2048 * (2 + 3 * 2) * (2 * 6.476e9 + 32 * 4 * 2048 * 4096), rel=0.01)
+
+
+def test_estimates_grow_with_what_they_should(seven_b: Shapes) -> None:
+    base = compose(["experiment=paper_recipe"])
+    small = dataclasses.replace(base, weight_distill=dataclasses.replace(base.weight_distill, epochs=1))
+    large, less = (next(s for s in estimate(c, seven_b, RATES, True).steps if s.step == "weight_distill") for c in (base, small))
+    assert large.seconds > 1.4 * less.seconds
+    assert large.device == less.device
+    slow = estimate(base, seven_b, dataclasses.replace(RATES, matmul_compute=2e11), True)
+    assert slow.seconds > 3 * estimate(base, seven_b, RATES, True).seconds
+
+
+def of(seven_b: Shapes, on_device: bool = True) -> Estimate:
+    return estimate(compose(["experiment=paper_recipe"]), seven_b, RATES, on_device)
+
+
+def test_the_limit_that_binds_and_the_refusal(seven_b: Shapes) -> None:
+    found = of(seven_b)
+    preflight.require_fit(found, dataclasses.replace(ROOM, device=10**13))
+    assert preflight.verdict(found, Limits(10**13, 10**13, 80 * 10**9, 80 * 10**9, 10**13))[0] == "device memory"
+    with pytest.raises(PreflightError) as caught:
+        preflight.require_fit(found, Limits(10**10, 10**10, 80 * 10**9, 80 * 10**9, 10**6))
+    message = str(caught.value)
+    for word in ("6.74 billion parameters", "host memory: about", "device memory: about", "80.0 GB there", "disk: about", "most by", "gradient_checkpointing"):
+        assert word in message
+    assert PreflightError.exit_code == 2
+    with pytest.raises(PreflightError, match=r"host memory: about \d+\.\d GB needed"):
+        preflight.require_fit(of(seven_b, False), Limits(64 * 10**9, 64 * 10**9, 0, 0, 10**13))
+
+
+def test_limits_and_rates_are_measured_here(tmp_path: Path) -> None:
+    hardware = resolve(HardwareConfig(device="cpu"))
+    limits = machine.limits(hardware, tmp_path / "not" / "yet")
+    assert 0 < limits.host_free <= limits.host
+    assert limits.disk > 0
+    assert limits.device == 0
+    rates = machine.rates(hardware, 64, 172)
+    assert 1e8 < rates.matmul_fp32 < 1e15
+    assert 1e8 < rates.traffic < 1e14
+    assert 1e-8 < rates.call < 1e-2
+    assert machine.rates(hardware, 64, 172) is rates
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("123456789\n")
+    (tmp_path / "unlimited").write_text("max\n")
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "unlimited"), str(tmp_path / "absent")))
+    assert machine.limits(resolve(HardwareConfig(device="cpu")), tmp_path).host == 123456789
+
+
+def test_text_is_bounded_by_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 100)
+    config = compose(["model=tiny", "dataset.source=files", f"dataset.files={tmp_path}/*.txt", "dataset.sequences=1", "ptq_init.sequences=1", "weight_distill.sequences=1", "act_quant.sequences=1"])
+    preflight.check_text(dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, seq_len=100)))
+    with pytest.raises(DataError, match=r"at most 102 tokens; 128 are needed \(1 sequences of 128\)"):
+        preflight.check_text(config)
+
+
+def test_the_line_and_the_table_say_estimate(seven_b: Shapes) -> None:
+    config = compose(["experiment=paper_recipe"])
+    line = preflight.one_line(config, of(seven_b), dataclasses.replace(ROOM, device=10**12))
+    for word in ("estimate", "6738 M parameters", "when nothing is cached", "on the device", "binds"):
+        assert word in line
+    table = preflight.report(config, of(seven_b, False), dataclasses.replace(ROOM, host_free=1))
+    assert "ptq_init" in table
+    assert "other programs hold the rest" in table
+    assert "device GB" not in table
+
+
+def test_the_estimate_of_tiny_is_of_the_right_size(models_home: Path) -> None:
+    """No timing: its memory and disk against what the architecture has."""
+    config = compose(["model=tiny"])
+    found = estimate(config, inspect_model(config.model, models_home), RATES, False)
+    assert found.shapes.parameters == sum(p.numel() for p in tiny.untrained(0).parameters())
+    assert found.disk < 5e6
+    assert found.host < 2e9
