@@ -135,12 +135,11 @@ def _device() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    from lbllm_kernels import cpu
     from lbllm_kernels.dispatch import describe
+    from lbllm_kernels.paths import PATHS
 
-    choice, library = describe(), cpu.library()
-    others = [f"{name}: {'slower' if level in library.levels else 'this processor has none' if library.levels else library.reason}" for level, name in cpu.LEVEL_NAMES.items()]
-    rest = "; ".join(line for line in others if not line.endswith("slower"))
+    choice = describe()
+    rest = "; ".join(f"{path.name}: {why}" for path in PATHS.values() for there, why in (path.state(),) if not there)
     good = choice.path != "reference"
     yield Finding("kernels", "ok" if good else "note", f"{choice.path} ({choice.reason})" + (f"; not {rest}" if rest else ""), "" if good else "make kernels")
 

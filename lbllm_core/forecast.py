@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,17 @@ class Forecaster:
     def _facts_of(self, spec: StepSpec, config: RunConfig, weights: str) -> dict[str, str]:
         key = canonical_json([spec.name, weights, select(config, ("dataset", "evaluation", "hardware", "model.context"))])
         if key not in self._facts:
-            self._facts[key] = facts(spec, config, self.home, weights)
+            self._facts[key] = self._facts_without_sampling(spec, config, weights)
         return self._facts[key]
+
+    def _facts_without_sampling(self, spec: StepSpec, config: RunConfig, weights: str) -> dict[str, str]:
+        """`facts`, where text that the teacher has yet to write is a word: a plan must not make it write."""
+        from lbllm_core.data.self_generated import is_written
+
+        if config.dataset.source != "self_generated" or is_written(config, self.home):
+            return facts(spec, config, self.home, weights)
+        other = replace(config, dataset=replace(config.dataset, source="synthetic"))
+        return facts(spec, other, self.home, weights) | {"calibration text": "not written yet"}
 
     def _code_of(self, spec: StepSpec) -> dict[str, str]:
         if spec.name not in self._code:

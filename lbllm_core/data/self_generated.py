@@ -97,12 +97,21 @@ def sample(model: Any, first: Tensor, length: int, temperature: float, allowed: 
     return ids
 
 
-def _folder(config: RunConfig, home: Path) -> Path:
-    """The published folder of this configuration's text."""
+def is_written(config: RunConfig, home: Path) -> bool:
+    """Whether the text of this configuration lies in the home folder already; nothing is sampled to find out."""
+    return _place(config, home).exists()
+
+
+def _place(config: RunConfig, home: Path) -> Path:
     d = config.dataset
     facts = [RECIPE, teacher_digest(config.model, home), config.model.add_bos, config.model.context, config.seed, d.sequences, d.seq_len, d.temperature, resolve(config.hardware).device.type]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return published(home / "texts" / f"self_generated-{key[:16]}", lambda part: _write(config, home, part))
+    return home / "texts" / f"self_generated-{key[:16]}"
+
+
+def _folder(config: RunConfig, home: Path) -> Path:
+    """The published folder of this configuration's text."""
+    return published(_place(config, home), lambda part: _write(config, home, part))
 
 
 def _write(config: RunConfig, home: Path, folder: Path) -> None:

@@ -70,9 +70,12 @@ def advance(job: BlockJob, block: nn.Module, stream: Tensor) -> Tensor:
 
 
 def relative_error(student: Tensor, target: Tensor) -> float:
-    """`|student - target|^2 / |target|^2` without each sequence's first token, whose activations are massive."""
-    difference = (student[:, 1:] - target[:, 1:]).double().square().sum()
-    return float(difference / target[:, 1:].double().square().sum())
+    """`|student - target|^2 / |target|^2` without each sequence's first token, whose activations are massive; float64, a sequence at a time."""
+    error = energy = torch.zeros((), dtype=torch.float64, device=student.device)
+    for ours, theirs in zip(student, target, strict=True):
+        error = error + (ours[1:].double() - theirs[1:].double()).square().sum()
+        energy = energy + theirs[1:].double().square().sum()
+    return float(error / energy)
 
 
 def sweep(decoder: Decoder, ids: Tensor, work: Work, plan: SweepPlan, ledger: Ledger, hardware: Hardware, report: Report) -> list[dict[str, float]]:

@@ -140,7 +140,9 @@ def _constrain(blocks: list[nn.Module]) -> None:
 def _checkpoint(ledger: Ledger, index: int, update: RecordedStep, history: list[dict[str, float]]) -> None:
     tensors: dict[str, Tensor] = {}
     for i, p in enumerate(update.parameters):
-        moments = update.optimizer.state[p]
+        moments = update.optimizer.state.get(p)
+        if not moments:  # it never had a gradient: the knees of uniform codes
+            continue
         tensors |= {f"{i}.value": p.detach(), f"{i}.exp_avg": moments["exp_avg"], f"{i}.exp_avg_sq": moments["exp_avg_sq"], f"{i}.step": moments["step"]}
     ledger.save(index, {k: v.cpu().contiguous() for k, v in tensors.items()}, {"history": history})
 
@@ -153,6 +155,8 @@ def _restore(ledger: Ledger, c: EndToEndConfig, update: RecordedStep) -> tuple[l
     tensors = ledger.load(done - 1)
     with torch.no_grad():
         for i, p in enumerate(update.parameters):
+            if f"{i}.value" not in tensors:
+                continue
             p.copy_(tensors[f"{i}.value"])
             moments = {k: tensors[f"{i}.{k}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
             update.optimizer.state[p] = {"step": tensors[f"{i}.step"].to(p.device), **moments}
