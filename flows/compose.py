@@ -109,10 +109,10 @@ def _delta(experiment: str, choices: Mapping[str, str]) -> tuple[str, dict[str, 
 def _read(experiment: str) -> dict[str, Any]:
     path = CONF / "experiment" / f"{experiment}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        content = OmegaConf.to_container(OmegaConf.load(path))  # as Hydra reads it: 1e-4 is a number
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([f"{CONF.name}/experiment/{experiment}.yaml cannot be read: {_first_line(error)}"]) from None
-    return dict(content) if isinstance(content, dict) else {}
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _compose_files(choices: Mapping[str, str]) -> dict[str, Any]:
