@@ -97,10 +97,10 @@ def end_to_end(context: StepContext) -> Metrics:
     c = context.config
     bench = _Bench(c, context.home, c.dataset.sequences)
     variant, act_group = activation_format(c)
-    states = [load_block(context.inputs["student"], i, variant, act_group) for i in range(len(bench.decoder.blocks))]
+    start = (load_block(context.inputs["student"], i, variant, act_group) for i in range(len(bench.decoder.blocks)))
     refinement = Refinement(bench.decoder, c.end_to_end, c.scheme, bench.hardware, c.seed)
     ledger = Ledger(context.folder, "checkpoint")
-    states, history = refine(refinement, bench.ids, states, ledger, context.report)
+    states, history = refine(refinement, bench.ids, start, ledger, context.report)
     blocks = Ledger(context.folder)
     for index, state in enumerate(states):
         blocks.save(index, state_tensors(state), {})

@@ -291,8 +291,11 @@ def weights_held(linears: Sequence[QuantLinear]) -> Iterator[None]:
         linear.held = weight.detach().requires_grad_()
     try:
         yield
-        reached = [(w, linear.held.grad) for w, linear in zip(made, linears, strict=True) if linear.held is not None and linear.held.grad is not None]
-        torch.autograd.backward([w for w, _ in reached], [g for _, g in reached])
+        for linear in reversed(linears):  # one at a time, so that gradients of weights and of parameters are never all there at once
+            weight, held = made.pop(), linear.held
+            linear.held = None
+            if held is not None and held.grad is not None:
+                torch.autograd.backward([weight], [held.grad])
     finally:
         for linear in linears:
             linear.held = None

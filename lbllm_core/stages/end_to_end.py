@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,14 +84,20 @@ def last_hidden(r: Refinement, blocks: Sequence[nn.Module], ids: Tensor, around:
     return hidden
 
 
-def refine(r: Refinement, ids: Tensor, states: list[BlockState], ledger: Ledger, report: Report) -> tuple[list[BlockState], list[dict[str, float]]]:
-    """Train all blocks. ids `(sequences, tokens)`. Returns the new states and the figures of each step (`loss`, `step`)."""
+def refine(r: Refinement, ids: Tensor, states: Iterable[BlockState], ledger: Ledger, report: Report) -> tuple[list[BlockState], list[dict[str, float]]]:
+    """Train all blocks. ids `(sequences, tokens)`. Returns the new states and the figures of each step (`loss`, `step`).
+
+    The weights behind the codes are not handed on: this is the last stage. `states` may be a generator: one at a time is in memory.
+    """
     c = r.config
-    mode: Mode = "nearest" if c.lr_weight and all(state.latents for state in states) else "frozen"
-    blocks = [build_block(teacher, state, mode, r.scheme.kv_bits, r.scheme.level_family) for teacher, state in zip(r.decoder.blocks, states, strict=True)]
+    blocks, starts = [], []
+    for teacher, state in zip(r.decoder.blocks, states, strict=True):
+        mode: Mode = "nearest" if c.lr_weight and state.latents else "frozen"
+        blocks.append(build_block(teacher, state, mode, r.scheme.kv_bits, r.scheme.level_family))
+        starts.append(replace(state, latents={}))
     groups = [group for block in blocks for group in parameter_groups(block, learning_rates(c))]
     if not groups:
-        return states, []
+        return starts, []
     around = r.decoder.surroundings(r.decoder.embed(ids[:1]).float())
     update = RecordedStep(groups, lambda batch: _accumulate(r, blocks, around, batch), lambda: _constrain(blocks), c.grad_clip, ids.device)
     batches = _batches(len(ids), c, r.seed)
@@ -106,7 +112,7 @@ def refine(r: Refinement, ids: Tensor, states: list[BlockState], ledger: Ledger,
         report(Progress("end_to_end", step + 1, c.steps, "step", {"loss": loss, "seconds": time.monotonic() - started}))
         if (step + 1) % c.checkpoint_every == 0 and step + 1 < c.steps:
             _checkpoint(ledger, step // c.checkpoint_every, update, history)
-    return [read_state(block, state) for block, state in zip(blocks, states, strict=True)], history
+    return [replace(read_state(block, start), latents={}) for block, start in zip(blocks, starts, strict=True)], history
 
 
 def _batches(n: int, c: EndToEndConfig, seed: int) -> list[Tensor]:
