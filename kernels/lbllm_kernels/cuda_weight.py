@@ -79,8 +79,8 @@ def declare(functions: ctypes.CDLL) -> None:
     p, i, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     functions.lut8_cuda_error.restype, functions.lut8_cuda_error.argtypes = ctypes.c_char_p, [i]
     signatures = {
-        "covers": [i], "quantize": [i, p, i, i, i, i, i, p, p, p, p, i, p], "product": [p, p, p, p, i, p, i, p, i, i, i, i, p],
-        "linear": [p, p, i, i, i, p, p, p, p, p, i, i, i, i, i, p], "dequantize": [p, p, p], "finish": [p, p, wide, p, p, i, p, i, p],
+        "covers": [i], "quantize": [i, p, i, i, i, i, i, p, p, p, p, i, p], "product": [p, p, p, p, i, p, i, p, i, i, i, i, i, p],
+        "linear": [p, p, i, i, i, p, p, p, p, p, i, i, i, i, i, i, p], "dequantize": [p, p, p], "finish": [p, p, wide, p, p, i, p, i, p],
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(functions, f"lut8_cuda_{name}")
@@ -169,8 +169,9 @@ class CudaWeight:
         ones = pad_tokens(torch.ones((1, n), dtype=torch.int8, device=self.device))
         with torch.cuda.device(self.device):
             stream, sums = stream_of(self.device), self.row_sums.data_ptr()
-            code = functions().lut8_cuda_product(self.address, ones.data_ptr(), None, None, 1, None, 0, sums, 0, 0, 0, 0, stream)
+            code = functions().lut8_cuda_product(self.address, ones.data_ptr(), None, None, 1, None, 0, sums, 0, 0, 0, 0, 0, stream)
         ensure(code, f"row sums of {self.out_features} x {n}")
+        torch.zeros(1, device=self.device)  # a launch may overlap the last kernel before it, so the last one must not be that of the sums
 
     @classmethod
     def from_layout(cls, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> CudaWeight:

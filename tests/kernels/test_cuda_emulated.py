@@ -79,7 +79,7 @@ def ordered(q: torch.Tensor, path: str) -> torch.Tensor:
 def sums(library, packed: PackedWeight, q: torch.Tensor, path: str, rows: int = 0, warps: int = 0) -> torch.Tensor:
     weight, padded = Weight(packed), ordered(q, path)
     acc = torch.full((q.shape[0], packed.out_features), -(2**31), dtype=torch.int32)
-    code = library.lut8_cuda_product(weight.address, padded.data_ptr(), None, None, q.shape[0], None, 0, acc.data_ptr(), cuda.PATHS[path], rows, warps, 0, None)
+    code = library.lut8_cuda_product(weight.address, padded.data_ptr(), None, None, q.shape[0], None, 0, acc.data_ptr(), cuda.PATHS[path], rows, warps, 64, 0, None)
     assert code == 0
     return acc
 
@@ -91,7 +91,7 @@ def output(library, packed: PackedWeight, x: torch.Tensor, factors: ActFactors, 
     q, scale, zero = torch.full((m, weight.padded), 99, dtype=torch.int8), torch.empty(m), torch.empty(m, dtype=torch.int32)
     dtype = cuda.DTYPES[x.dtype]
     pointers = [t.data_ptr() for t in (q, scale, zero, y)]
-    code = library.lut8_cuda_linear(weight.address, x.data_ptr(), dtype, m, top, four, *pointers, dtype, cuda.PATHS[path], 0, 0, 0, None)
+    code = library.lut8_cuda_linear(weight.address, x.data_ptr(), dtype, m, top, four, *pointers, dtype, cuda.PATHS[path], 0, 0, -1, 0, None)
     assert code == 0
     return y
 
@@ -136,7 +136,7 @@ def test_outputs_are_equal(emulated, path, m, dtype, n, factors):
 
 
 @pytest.mark.parametrize("wgmma", [False, True])
-@pytest.mark.parametrize(("n", "dtype"), [(50, torch.float16), (136, torch.float32), (4096, torch.bfloat16)])
+@pytest.mark.parametrize(("n", "dtype"), [(50, torch.float16), (136, torch.float32), (4096, torch.bfloat16), (8330, torch.float16), (9000, torch.float32)])
 def test_the_quantizer_writes_either_order(emulated, n, dtype, wgmma):
     x = torch.randn(5, n, generator=torch.Generator().manual_seed(n)).to(dtype)
     top, four = numbers(PIECEWISE)

@@ -32,13 +32,13 @@ __device__ __forceinline__ void load_hopper_stage(const Lut8CudaWeight& w, const
 
 // One k tile's A registers, [step][register]. The codes are pinned first: nothing of this moves above the wait before it.
 template <bool kCodebook, bool kTwo>
-__device__ __forceinline__ void expand_tile(WeightTile<1, kCodebook, kTwo>& tile, uint32_t table, uint32_t (&a)[4][4]) {
+__device__ __forceinline__ void expand_tile(WeightTile<1, kCodebook, kTwo>& tile, const uint32_t (&words)[2][2], uint32_t (&a)[4][4]) {
   uint4& c = tile.codes[0];
   asm volatile("" : "+r"(c.x), "+r"(c.y), "+r"(c.z), "+r"(c.w)::"memory");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t part[2][4];
-    expand(half ? c.y : c.x, half ? c.w : c.z, tile.levels[0].word(table, half, 0), tile.levels[0].word(table, half, 1), part);
+    expand(c, words, half, part);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[2 * half][i] = part[0][i], a[2 * half + 1][i] = part[1][i];
   }
@@ -78,8 +78,9 @@ __global__ void __launch_bounds__(256, 1) hopper_kernel(Lut8CudaWeight w, Tokens
   }
   __syncthreads();  // the table
   int acc[kN / 2];  // the first product writes it
-  uint32_t even[4][4], odd[4][4];
-  expand_tile(tile, table_at, even);
+  uint32_t even[4][4], odd[4][4], words[2][2];
+  tile.levels[0].words(table_at, words);
+  expand_tile(tile, words, even);
   tile.load(w, row_tile, 1, lane);
 
   const auto step = [&](int i, uint32_t (&now)[4][4], uint32_t (&next)[4][4]) {
@@ -90,8 +91,9 @@ __global__ void __launch_bounds__(256, 1) hopper_kernel(Lut8CudaWeight w, Tokens
     const int ahead = i + S::kStages - 2;
     if (ahead < steps) load_hopper_stage<kN>(w, t, first_token, ahead, shared + ahead % S::kStages * S::kStageBytes);
     copy_commit();
+    tile.levels[0].words(table_at, words);  // before the wait: look-ups take their time beside the products
     wgmma_wait<1>();  // the k tile before this one is done: its stage and its registers are free
-    expand_tile(tile, table_at, next);
+    expand_tile(tile, words, next);
     tile.load(w, row_tile, i + 2, lane);
   };
   int i = 0;

@@ -1,0 +1,78 @@
+"""Measured plans of decode launches: which path, and how many row tiles, warps and prefetched k tiles, by device, shape and tokens.
+
+**Problem.** The best cut of a launch that lasts a few microseconds follows from no rule that we trust: it is measured.
+
+**How.** `cuda_plans.json` beside this file maps a device name to rows `[out, in, levels, tokens, path, row_tiles, warps, prefetch]`, with
+`levels` such as "codebook-32". `python kernels/bench_gpu.py --only tune` measures them and writes the file. A token count between two
+measured ones takes the larger one's cut; a shape or device that was not measured has none, and `cuda.py` falls back to its rules.
+
+**Trade-off.** Every plan gives the same bits, so a stale table costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = Path(__file__).with_name("cuda_plans.json")
+Row = tuple[int, int, str, int, str, int, int, int]
+_PATHS = ("fused", "decode")
+_tables: dict[str, list[Row]] | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A measured plan."""
+
+    path: str
+    row_tiles: int
+    warps: int
+    prefetch: int
+
+
+def parse(text: str) -> dict[str, list[Row]]:
+    """The tables in a file's text. ValueError when a row is not what the module describes."""
+    tables = json.loads(text)
+    if not isinstance(tables, dict):
+        raise ValueError("plans: expected an object from device names to rows")
+    for device, rows in tables.items():
+        for row in rows:
+            good = len(row) == 8 and all(isinstance(row[i], int) for i in (0, 1, 3, 5, 6, 7)) and row[4] in _PATHS and 0 <= row[5] <= 4 and 0 <= row[6] <= 16
+            if not good:
+                raise ValueError(f"plans of {device}: row {row} is not [out, in, levels, tokens, path, row_tiles, warps, prefetch]")
+    return {device: [tuple(row) for row in rows] for device, rows in tables.items()}
+
+
+def load(path: Path = FILE) -> dict[str, list[Row]]:
+    """The tables of a file; none when there is no file."""
+    return parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def use(tables: dict[str, list[Row]]) -> None:
+    """Take these tables from now on, instead of the file's (tuning, tests)."""
+    global _tables
+    _tables = tables
+    find.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def find(device: str, out: int, in_features: int, levels: str, tokens: int) -> Cut | None:
+    """The cut for so many tokens, or None."""
+    global _tables
+    if _tables is None:
+        _tables = load()
+    rows = [row for row in _tables.get(device, ()) if row[:3] == (out, in_features, levels) and row[3] >= tokens]
+    if not rows:
+        return None
+    row = min(rows, key=lambda r: r[3])
+    if tokens > 8 and row[4] == "fused":
+        return None
+    return Cut(*row[4:])
+
+
+def write(tables: dict[str, list[Row]], path: Path) -> None:
+    """One row a line, so that a change of one plan is a change of one line."""
+    parts = [json.dumps(device) + ": [\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]" for device, rows in tables.items()]
+    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
