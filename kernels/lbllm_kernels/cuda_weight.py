@@ -35,6 +35,7 @@ from lbllm_kernels.cuda_layout import (
 )
 from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight, count_groups
 
+_MOST_AHEAD = 24 << 20  # bytes of a following weight's codes that are asked into the L2, and an eighth of that of its levels
 _MOST_CELLS = 1 << 24  # row tiles x k tiles: the kernels' 32-bit indices hold
 
 
@@ -42,6 +43,7 @@ class WeightBlock(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in ("out", "in_", "row_tiles", "k_tiles", "groups_per_tile", "device")],
         *[(name, ctypes.c_void_p) for name in ("codes", "words", "group_codes", "codebook", "row_scale", "row_sum", "bias")],
+        ("next", ctypes.c_void_p * 2), ("next_bytes", ctypes.c_uint32 * 2),
     ]
 
 
@@ -208,6 +210,14 @@ class CudaWeight:
             if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device.type != "cuda":
                 raise ValueError(f"{name} must be a contiguous CUDA tensor {dtype} {shape}")
         return row_tiles, k_tiles
+
+    def followed_by(self, following: CudaWeight | None) -> None:
+        """Say which weight a model needs after this one: decode products of this one then ask it into the L2. A hint; changes no result."""
+        self._following = following  # keeps its tensors alive
+        levels = None if following is None else following.words if following.words is not None else following.group_codes
+        for i, tensor in enumerate((None if following is None else following.codes, levels)):
+            self._block.next[i] = None if tensor is None else tensor.data_ptr()
+            self._block.next_bytes[i] = 0 if tensor is None else min(tensor.numel() * tensor.element_size(), _MOST_AHEAD >> 3 * i)
 
     def bytes(self) -> int:
         """Bytes that one product reads of the weight."""

@@ -96,6 +96,20 @@ def output(library, packed: PackedWeight, x: torch.Tensor, factors: ActFactors, 
     return y
 
 
+def test_asking_for_the_next_weight_changes_nothing(emulated):
+    """The emulator aborts on a prefetch that is empty or not aligned."""
+    packed = random_packed(70, 700, 32, "codebook", 3)
+    x = torch.randn(2, 700, generator=torch.Generator().manual_seed(0))
+    weight, (top, four) = Weight(packed), numbers(PIECEWISE)
+    for size in (16, 528, 40_000, 3_000_000):
+        ahead = torch.empty(size, dtype=torch.uint8)
+        weight.block.next[0], weight.block.next[1] = ahead.data_ptr(), ahead.data_ptr()
+        weight.block.next_bytes[0], weight.block.next_bytes[1] = size, size // 16 // 8 * 16
+        y = torch.empty(2, 70)
+        assert emulated.lut8_cuda_linear(weight.address, x.data_ptr(), 0, 2, top, four, None, None, None, y.data_ptr(), 0, cuda.PATHS["fused"], 2, 3, 1, 0, None) == 0
+        assert torch.equal(y, reference.linear(x, packed, PIECEWISE))
+
+
 def random_q(m: int, n: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 128, (m, n), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
 

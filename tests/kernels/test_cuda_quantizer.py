@@ -31,7 +31,10 @@ extern "C" void quantize(const float* x, int n, int top, const float* f, signed 
     for (int k = 0; k < 15; ++k) entry = take_step(entry, piecewise_step(piecewise_value(k, t.zero, factors), piecewise_value(k + 1, t.zero, factors)), u);
     table[u] = static_cast<unsigned char>(entry);
   }
-  for (int i = 0; i < n; ++i) q[i] = t.finite ? static_cast<signed char>(code_of(t.quick ? divided(x[i], t) : x[i] / t.scale, t, top, table)) : 0;
+  for (int i = 0; i < n; ++i) {
+    const float steps = t.quick ? divided(x[i], t) : x[i] / t.scale;
+    q[i] = !t.finite ? 0 : static_cast<signed char>(top == 15 ? code_of<15>(steps, t, table) : code_of<127>(steps, t, table));
+  }
   *scale = t.scale, *zero = static_cast<int>(t.zero);
 }
 """

@@ -99,12 +99,31 @@ __device__ __forceinline__ void prefetch_tiles(const Lut8CudaWeight& w, int firs
   }
 }
 
+// A block's slices of the weight that comes next.
+struct Ahead {
+  int k_tiles;         // to prefetch of the block's own weight
+  uint32_t slice[2];   // bytes a block of the next one's codes and levels
+};
+
+// The memory has nothing to do between a block's last load and the first one of the next product, with small kernels in between: one warp
+// asks for the block's slice of the next weight.
+__device__ __forceinline__ void prefetch_next(const Lut8CudaWeight& w, const Ahead& ahead) {
+  constexpr uint32_t piece = 16 << 10;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t begin = ahead.slice[i] * blockIdx.x, bytes = w.next_bytes[i];
+    const uint32_t end = begin + ahead.slice[i] < bytes ? begin + ahead.slice[i] : bytes;
+    for (uint32_t at = begin + threadIdx.x % 32 * piece; at < end; at += 32 * piece)
+      prefetch_bulk(static_cast<const char*>(w.next[i]) + at, end - at < piece ? end - at : piece);
+  }
+}
+
 // Two blocks of most warps fit a multiprocessor at 64 registers a thread: then the next layer's can start early. Where that would spill, one.
 template <int kRows, int kNTiles, bool kWide>
 constexpr int kBlocks = kNTiles == 1 && (kRows == 1 || (kRows == 2 && !kWide)) ? 2 : 1;
 
 template <int kRows, int kNTiles, bool kCodebook, bool kTwo, bool kFused>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo && !kCodebook>) decode_kernel(Lut8CudaWeight w, Tokens t, Output o, int prefetch) {
+__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo && !kCodebook>) decode_kernel(Lut8CudaWeight w, Tokens t, Output o, Ahead ahead) {
   extern __shared__ __align__(16) int8_t fused_q[];
   __shared__ int sums[kNTiles * 8 * kSumStride<kRows>];
   __shared__ __align__(16) int32_t table[kCodebook ? 256 : 1];
@@ -119,7 +138,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo &
   WeightTile<kRows, kCodebook, kTwo> even, odd;
   even.load(w, first_row_tile, warp, lane);
   odd.load(w, first_row_tile, warp + warps, lane);
-  prefetch_tiles<kRows, kCodebook>(w, first_row_tile, 2 * warps, prefetch);
+  prefetch_tiles<kRows, kCodebook>(w, first_row_tile, 2 * warps, ahead.k_tiles);
   if (kCodebook)
     for (int i = tid; i < 64; i += blockDim.x) copy_async(shared_address(table + 4 * i), w.codebook + 4 * i);
   if (!o.acc) load_rows<kRows>(w, first_row_tile * kTileRows, numbers);
@@ -140,7 +159,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo &
     const int together = min(kTogether, warps);
     for (int m = 0; m < t.m; m += together) {
       if (m) __syncthreads();
-      quantize_tokens(t.x, t.x_type, m, min(together, t.m - m), w.in, Range{0, padded}, t.factors, fused_q + m * stride, stride, token_scale + m,
+      quantize_tokens<1>(t.x, t.x_type, m, min(together, t.m - m), w.in, Range{0, padded}, t.factors, fused_q + m * stride, stride, token_scale + m,
                       token_zero + m, scratch);
     }
   } else {
@@ -163,6 +182,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo &
     multiply(odd, odd_tokens, table_at, acc);
     odd.load(w, first_row_tile, k + 3 * warps, lane);
   }
+  if (ahead.slice[0] && warp == warps - 1) prefetch_next(w, ahead);
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
@@ -195,9 +215,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo &
 template <int kRows, bool kCodebook, bool kTwo>
 cudaError_t decode_rows(const Lut8CudaWeight& w, const Tokens& t, const Output& o, const Plan& plan, cudaStream_t stream) {
   const dim3 grid((w.row_tiles + kRows - 1) / kRows), block(32 * plan.warps);
-  if (t.x) return launch(decode_kernel<kRows, 1, kCodebook, kTwo, true>, grid, block, t.m * fused_stride(w), plan.overlap, stream, w, t, o, plan.prefetch);
-  if (t.m <= 8) return launch(decode_kernel<kRows, 1, kCodebook, kTwo, false>, grid, block, 0, plan.overlap, stream, w, t, o, plan.prefetch);
-  if constexpr (kRows < 4) return launch(decode_kernel<kRows, 2, kCodebook, kTwo, false>, grid, block, 0, plan.overlap, stream, w, t, o, plan.prefetch);
+  Ahead ahead{plan.prefetch, {}};
+  for (int i = 0; i < 2; ++i) ahead.slice[i] = (w.next_bytes[i] / grid.x + 16) / 16 * 16;
+  if (!w.next_bytes[0]) ahead.slice[0] = 0;
+  if (t.x) return launch(decode_kernel<kRows, 1, kCodebook, kTwo, true>, grid, block, t.m * fused_stride(w), plan.overlap, stream, w, t, o, ahead);
+  if (t.m <= 8) return launch(decode_kernel<kRows, 1, kCodebook, kTwo, false>, grid, block, 0, plan.overlap, stream, w, t, o, ahead);
+  if constexpr (kRows < 4) return launch(decode_kernel<kRows, 2, kCodebook, kTwo, false>, grid, block, 0, plan.overlap, stream, w, t, o, ahead);
   return cudaErrorInvalidValue;  // four row tiles x sixteen tokens do not fit the registers
 }
 

@@ -24,6 +24,8 @@ extern "C" struct Lut8CudaWeight {
   const float* row_scale;
   const int32_t* row_sum;
   const float* bias;        // may be null
+  const void* next[2];      // codes and levels of the weight that is needed next, may be null: decode asks them into the L2
+  uint32_t next_bytes[2];   // multiples of 16
 };
 
 // Tokens: x (m, in) to be quantized by the kernel itself, or q (m, k_tiles * 128) with scale and zero.

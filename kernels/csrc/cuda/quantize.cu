@@ -10,14 +10,14 @@ namespace {
 
 constexpr int kSlice = 4096;  // channels of a block that shares a token
 
-__global__ void __launch_bounds__(1024) quantize_kernel(Tokens t, int in, int padded, int8_t* q, float* scale, int32_t* zero, bool wgmma_order) {
+__global__ void __launch_bounds__(1024, 1) quantize_kernel(Tokens t, int in, int padded, int8_t* q, float* scale, int32_t* zero, bool wgmma_order) {
   __shared__ QuantizeScratch scratch;
   let_next_start();
   wait_for_previous();
   const int64_t row = blockIdx.x;
   const int from = blockIdx.y * kSlice;
   const Range range = gridDim.y == 1 ? Range{0, padded} : Range{from, min(from + kSlice, padded)};
-  quantize_tokens(t.x, t.x_type, row, 1, in, range, t.factors, q + row * padded, 0, scale + row, zero + row, scratch, wgmma_order);
+  quantize_tokens<4>(t.x, t.x_type, row, 1, in, range, t.factors, q + row * padded, 0, scale + row, zero + row, scratch, wgmma_order);
 }
 
 }  // namespace

@@ -38,12 +38,14 @@ LUT8_FN float divided(float x, const ScaleZero& t) {
   return fmaf(fmaf(-q, t.scale, x), t.inverse, q);
 }
 
-// Value `k` (0..15) of the piecewise quantizer, see activation.py.
+// Value `k` (0..15) of the piecewise quantizer, see activation.py: `start` + rint(steps * span / parts) of the tail or core that k is in.
+// One expression for the three, so that the lanes of a warp stay together.
 LUT8_FN int piecewise_value(int k, float z, const Factors& f) {
   const float a = rintf(f.knee_low * z), b = rintf(f.knee_high * (127.0f - z));
-  if (k < 4) return static_cast<int>(rintf(static_cast<float>(k) * (z - a) / 4.0f));
-  if (k < 12) return static_cast<int>((z - a) + rintf(static_cast<float>(k - 4) * (a + b) / 7.0f));
-  return static_cast<int>((z + b) + rintf(static_cast<float>(k - 11) * (127.0f - z - b) / 4.0f));
+  const bool low = k < 4, core = k < 12;
+  const float start = low ? 0.0f : core ? z - a : z + b, span = low ? z - a : core ? a + b : 127.0f - z - b;
+  const float steps = static_cast<float>(low ? k : core ? k - 4 : k - 11), parts = core && !low ? 7.0f : 4.0f;
+  return static_cast<int>(start + rintf(steps * span / parts));
 }
 
 // The look-up table. Every midpoint (v_k + v_k+1)/2 is half an integer h_k, and  h_k/2 < t  <=>  h_k < ceil(2t), so 256 entries indexed
@@ -62,8 +64,9 @@ LUT8_FN uint32_t half_steps(float t) {
 }
 
 // The code of a value, given x / scale; the table serves piecewise codes only.
-LUT8_FN uint32_t code_of(float steps, const ScaleZero& t, int top, const uint8_t* table) {
-  if (top == 15) return static_cast<uint32_t>(fminf(fmaxf(rintf(steps) + t.zero, 0.0f), 15.0f));
+template <int kTop>
+LUT8_FN uint32_t code_of(float steps, const ScaleZero& t, const uint8_t* table) {
+  if (kTop == 15) return static_cast<uint32_t>(fminf(fmaxf(rintf(steps) + t.zero, 0.0f), 15.0f));
   return table[half_steps(fminf(fmaxf(steps + t.zero, 0.0f), 127.5f))];
 }
 

@@ -1,0 +1,48 @@
+"""The table of measured plans: rows found, the next larger token count, nothing where nothing was measured, bad files named."""
+
+from __future__ import annotations
+
+import pytest
+from lbllm_kernels import cuda_plans
+
+TABLES = {
+    "a card": [(64, 128, "codebook-32", 1, "fused", 2, 16, 64), (64, 128, "codebook-32", 8, "decode", 1, 8, 0), (64, 128, "codebook-32", 16, "decode", 3, 8, 16)],
+}
+
+
+@pytest.fixture
+def tables():
+    cuda_plans.use(TABLES)
+    yield
+    cuda_plans.use(cuda_plans.load())
+
+
+@pytest.mark.parametrize(("tokens", "cut"), [(1, ("fused", 2, 16, 64)), (2, ("decode", 1, 8, 0)), (8, ("decode", 1, 8, 0)), (9, ("decode", 3, 8, 16)), (17, None)])
+def test_the_next_larger_token_count_serves(tables, tokens, cut):
+    found = cuda_plans.find("a card", 64, 128, "codebook-32", tokens)
+    assert found == (None if cut is None else cuda_plans.Cut(*cut))
+
+
+@pytest.mark.parametrize("asked", [("another card", 64, 128, "codebook-32"), ("a card", 65, 128, "codebook-32"), ("a card", 64, 128, "explicit-32")])
+def test_nothing_where_nothing_was_measured(tables, asked):
+    assert cuda_plans.find(*asked, 1) is None
+
+
+def test_a_written_table_comes_back(tmp_path):
+    cuda_plans.write(TABLES, tmp_path / "plans.json")
+    assert cuda_plans.load(tmp_path / "plans.json") == TABLES
+    assert len((tmp_path / "plans.json").read_text().splitlines()) == 7
+
+
+def test_no_file_is_no_plan(tmp_path):
+    assert cuda_plans.load(tmp_path / "absent.json") == {}
+
+
+@pytest.mark.parametrize("row", ['[64, 128, "codebook-32", 1, "wide", 2, 16, 64]', "[1, 2]", '[64, 128, "codebook-32", 1, "fused", 5, 16, 64]', '[64, 128, "codebook-32", "1", "fused", 1, 16, 64]'])
+def test_a_bad_row_is_named(row):
+    with pytest.raises(ValueError, match="plans of a card: row"):
+        cuda_plans.parse(f'{{"a card": [{row}]}}')
+
+
+def test_the_committed_table_is_good():
+    cuda_plans.parse(cuda_plans.FILE.read_text() if cuda_plans.FILE.is_file() else "{}")
