@@ -39,7 +39,11 @@ class Trial:
             if not torch.equal(cuda.forward(self.x, self.weights[0], FACTORS, path=path, plan=plan), self.expected):
                 self.clock.say(f"WRONG: {path} {plan} with {self.tokens} tokens, {self.weights[0].out_features} x {self.weights[0].in_features}")
                 continue
-            self.us[(path, plan)] = graph_us(rotated(self.weights, lambda w, p=path, q=plan: cuda.forward(self.x, w, FACTORS, path=p, plan=q)), 5)
+            self.time((path, plan), 5)
+
+    def time(self, named: Named, replays: int) -> None:
+        path, plan = named
+        self.us[named] = graph_us(rotated(self.weights, lambda w: cuda.forward(self.x, w, FACTORS, path=path, plan=plan)), replays)
 
     def best(self, path: str = "", count: int = 3) -> list[Named]:
         return sorted((named for named in self.us if not path or named[0] == path), key=self.us.__getitem__)[:count]
@@ -59,6 +63,8 @@ def tune_shape(weights: list[cuda.CudaWeight], clock: Clock) -> dict[int, Trial]
         trials[m].run(trials[1].best("fused") + trials[1].best("decode", 2) + trials[8].best("decode"))
     for trial in trials.values():
         trial.run([(path, replace(plan, prefetch=k_tiles)) for path, plan in trial.best() for k_tiles in (0, 16, 256)])
+        for named in trial.best():
+            trial.time(named, 15)  # the least of many short timings is partly luck
         trial.run([(path, replace(plan, flags=0)) for path, plan in trial.best(count=1)])  # what overlapping gives: said, never chosen
     return trials
 

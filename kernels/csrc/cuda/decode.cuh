@@ -83,22 +83,6 @@ __device__ __forceinline__ void load_rows(const Lut8CudaWeight& w, int first_row
   }
 }
 
-// Asks for k tiles `from` .. `from + count` of the block's row tiles to be in the L2: one thread a row tile.
-template <int kRows, bool kCodebook>
-__device__ __forceinline__ void prefetch_tiles(const Lut8CudaWeight& w, int first_row_tile, int from, int count) {
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tiles = min(count, w.k_tiles - from);
-  if (threadIdx.x % 32 || tiles <= 0) return;
-  for (int r = warp; r < kRows; r += warps) {
-    const int row_tile = first_row_tile + r;
-    if (row_tile >= w.row_tiles) break;
-    const int64_t at = tile_index(row_tile, from, w.k_tiles);
-    const int entries = 16 * w.groups_per_tile;
-    prefetch_bulk(w.codes + at * 128, tiles * 512);
-    if (kCodebook) prefetch_bulk(w.group_codes + at * entries, tiles * entries);
-    else prefetch_bulk(w.words + at * entries, tiles * entries * 4);
-  }
-}
-
 // A block's slices of the weight that comes next.
 struct Ahead {
   int k_tiles;         // to prefetch of the block's own weight
@@ -138,7 +122,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo &
   WeightTile<kRows, kCodebook, kTwo> even, odd;
   even.load(w, first_row_tile, warp, lane);
   odd.load(w, first_row_tile, warp + warps, lane);
-  prefetch_tiles<kRows, kCodebook>(w, first_row_tile, 2 * warps, ahead.k_tiles);
+  prefetch_tiles<kCodebook>(w, first_row_tile, kRows, 2 * warps, ahead.k_tiles);
   if (kCodebook)
     for (int i = tid; i < 64; i += blockDim.x) copy_async(shared_address(table + 4 * i), w.codebook + 4 * i);
   if (!o.acc) load_rows<kRows>(w, first_row_tile * kTileRows, numbers);

@@ -141,6 +141,22 @@ struct WeightTile {
   }
 };
 
+// Asks for `count` k tiles, from `from` on, of the block's row tiles to be in the L2: one thread a row tile. Registers hold a tile or two a
+// warp; the rest of the memory's latency is hidden here.
+template <bool kCodebook>
+__device__ __forceinline__ void prefetch_tiles(const Lut8CudaWeight& w, int first_row_tile, int rows, int from, int count) {
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tiles = min(count, w.k_tiles - from);
+  if (threadIdx.x % 32 || tiles <= 0) return;
+  for (int r = warp; r < rows; r += warps) {
+    if (first_row_tile + r >= w.row_tiles) break;
+    const int64_t at = tile_index(first_row_tile + r, from, w.k_tiles);
+    const int entries = 16 * w.groups_per_tile;
+    prefetch_bulk(w.codes + at * 128, tiles * 512);
+    if (kCodebook) prefetch_bulk(w.group_codes + at * entries, tiles * entries);
+    else prefetch_bulk(w.words + at * entries, tiles * entries * 4);
+  }
+}
+
 // Half a tile (16 channels a lane, two mma steps) of A fragments: a[step] for rows g (registers 0, 2) and g + 8 (registers 1, 3).
 __device__ __forceinline__ void expand(const uint4& codes, const uint32_t (&words)[2][2], int half, uint32_t (&a)[2][4]) {
   const uint32_t upper_codes = half ? codes.y : codes.x, lower_codes = half ? codes.w : codes.z, upper = words[half][0], lower = words[half][1];
