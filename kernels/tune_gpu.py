@@ -14,6 +14,10 @@ MODES = (("explicit", 128), ("codebook", 32))
 
 TUNED_TOKENS = (1, 2, 4, 8, 16)
 MERGED = ((12288, 4096), (22016, 4096), (15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824), (10240, 8192), (57344, 8192))  # of LLaMA-2's blocks
+MANY = {
+    32: ("narrow", "middle"), 64: ("narrow", "middle"), 128: ("narrow", "middle", "hopper128"), 256: ("narrow", "hopper128", "hopper256"),
+    512: ("hopper128", "hopper256", "wide"), 2048: ("hopper128", "hopper256"),
+}  # fmt: skip
 AHEAD = 64  # k tiles prefetched while the cut is looked for
 Named = tuple[str, cuda.Plan]
 
@@ -69,15 +73,33 @@ def tune_shape(weights: list[cuda.CudaWeight], clock: Clock) -> dict[int, Trial]
     return trials
 
 
+def tune_many(weights: list[cuda.CudaWeight], clock: Clock) -> dict[int, dict[str, float]]:
+    """Quantizer and product of many tokens by the paths that have a chance there: microseconds by tokens and path."""
+    found: dict[int, dict[str, float]] = {}
+    for m, paths in MANY.items():
+        x = torch.randn(m, weights[0].in_features, dtype=torch.float16, device="cuda")
+        expected, us = cuda.forward(x, weights[0], FACTORS, path=paths[0]), {}
+        for path in paths:
+            if path.startswith("hopper") and not cuda.is_hopper(0):
+                continue
+            if not torch.equal(cuda.forward(x, weights[0], FACTORS, path=path), expected):
+                clock.say(f"WRONG: {path} with {m} tokens, {weights[0].out_features} x {weights[0].in_features}")
+                continue
+            us[path] = graph_us(rotated(weights, lambda w, p=path, x=x: cuda.forward(x, w, FACTORS, path=p), 6), 5)
+        found[m] = us
+    return found
+
+
 def tune_section(clock: Clock) -> list[dict[str, Any]]:
-    """How decode launches should be cut; from here on in this process the plans found are used."""
+    """How decode launches should be cut, and which path many tokens take; from here on in this process the plans found are used."""
     made: list[dict[str, Any]] = []
     for (n, k), modes in [(shape, (*MODES, ("codebook", 16))) for shape in SHAPES] + [(shape, MODES[1:]) for shape in MERGED]:
         for mode, group in modes:
             if clock.over():
                 clock.say("time is over: the rest is not tuned")
                 return made
-            for m, trial in tune_shape(weights_of(n, k, mode, group), clock).items():
+            weights = weights_of(n, k, mode, group)
+            for m, trial in tune_shape(weights, clock).items():
                 apart = min((us for (_, plan), us in trial.us.items() if plan.flags == 0), default=float("nan"))
                 trial.us = {named: us for named, us in trial.us.items() if named[1].flags}
                 order = trial.best()
@@ -87,6 +109,11 @@ def tune_section(clock: Clock) -> list[dict[str, Any]]:
                     made.append(record("tune", trial.us[(path, plan)], n, k, m, group_size=group, level_mode=mode, plan=cut, best=chosen))
                 each = "   ".join(f"{path} r{plan.row_tiles} w{plan.warps} p{plan.prefetch} {trial.us[(path, plan)]:.2f}" for path, plan in order)
                 clock.say(f"{n:6} x {k:5}  M={m:<3} {mode:8} G={group:<4} {each}   not overlapping {apart:.2f}")
+            for m, us in tune_many(weights, clock).items():
+                least = min(us, key=us.__getitem__)
+                made += [record("tune", value, n, k, m, group_size=group, level_mode=mode, plan=[path, 0, 0, -1], best=path == least) for path, value in us.items()]
+                clock.say(f"{n:6} x {k:5}  M={m:<4} {mode:8} G={group:<4} " + "   ".join(f"{path} {value:.1f}" for path, value in us.items()))
+            del weights
             cuda_plans.use({torch.cuda.get_device_name(): plans_of(made)})
     return made
 
@@ -112,7 +139,7 @@ def thresholds_section(clock: Clock) -> list[dict[str, Any]]:
                     continue
                 if path == "fused" and m * (weights[0].padded + 16) > cuda.FUSED_BYTES:
                     continue
-                us[path] = graph_us(rotated(weights if m <= 16 else weights[:8], lambda w, p=path, x=x: cuda.forward(x, w, FACTORS, path=p)), 7)
+                us[path] = graph_us(rotated(weights, lambda w, p=path, x=x: cuda.forward(x, w, FACTORS, path=p)), 7)
             best = min(us, key=us.__getitem__)
             made += [record("threshold", value, n, k, m, path=path, best=path == best) for path, value in us.items()]
             clock.say(f"{n:6} x {k:5}  M={m:<4} best {best:9} " + "  ".join(f"{p} {t:.1f}" for p, t in us.items()))

@@ -109,7 +109,7 @@ def planned(tokens: int, weight: CudaWeight, plan: Plan = DEFAULT_PLAN) -> tuple
     """
     index = weight.device.index or 0
     by_rule = choose_path(tokens, is_hopper(index)), plan
-    if tokens > MOST_TOKENS["decode"] or plan.row_tiles or plan.warps:
+    if plan.row_tiles or plan.warps:
         return by_rule
     levels = f"{'codebook' if weight.words is None else 'explicit'}-{weight.group_size}"
     cut = cuda_plans.find(_device_name(index), weight.out_features, weight.in_features, levels, tokens)

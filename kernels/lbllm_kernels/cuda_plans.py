@@ -1,10 +1,13 @@
-"""Measured plans of decode launches: which path, and how many row tiles, warps and prefetched k tiles, by device, shape and tokens.
+"""Measured plans: which path, and for decode launches how many row tiles, warps and prefetched k tiles, by device, shape and tokens.
 
 **Problem.** The best cut of a launch that lasts a few microseconds follows from no rule that we trust: it is measured.
 
+The same goes for the number of tokens from which one path of many tokens beats another.
+
 **How.** `cuda_plans.json` beside this file maps a device name to rows `[out, in, levels, tokens, path, row_tiles, warps, prefetch]`, with
 `levels` such as "codebook-32". `python kernels/bench_gpu.py --only tune` measures them and writes the file. A token count between two
-measured ones takes the larger one's cut; a shape or device that was not measured has none, and `cuda.py` falls back to its rules.
+measured ones takes the larger one's plan, one beyond the largest that one's, and none takes a plan across `FEW`. A shape or device that
+was not measured has no plan, and `cuda.py` falls back to its rules.
 
 **Trade-off.** Every plan gives the same bits, so a stale table costs time and nothing else.
 """
@@ -18,7 +21,9 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("cuda_plans.json")
 Row = tuple[int, int, str, int, str, int, int, int]
-_PATHS = ("fused", "decode")
+FEW = 16  # tokens of a decode launch
+FUSED = 8
+_PATHS = ("fused", "decode", "narrow", "middle", "wide", "hopper128", "hopper256")
 _tables: dict[str, list[Row]] | None = None
 
 
@@ -59,16 +64,15 @@ def use(tables: dict[str, list[Row]]) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def find(device: str, out: int, in_features: int, levels: str, tokens: int) -> Cut | None:
-    """The cut for so many tokens, or None."""
+    """The plan for so many tokens, or None."""
     global _tables
     if _tables is None:
         _tables = load()
-    rows = [row for row in _tables.get(device, ()) if row[:3] == (out, in_features, levels) and row[3] >= tokens]
-    if not rows:
+    shape = (out, in_features, levels)
+    rows = [row for row in _tables.get(device, ()) if row[:3] == shape and (row[3] <= FEW) == (tokens <= FEW) and (tokens <= FUSED or row[4] != "fused")]
+    if not rows or (tokens <= FEW and tokens > max(row[3] for row in rows)):
         return None
-    row = min(rows, key=lambda r: r[3])
-    if tokens > 8 and row[4] == "fused":
-        return None
+    row = min(rows, key=lambda r: (r[3] < tokens, abs(r[3] - tokens)))
     return Cut(*row[4:])
 
 

@@ -34,8 +34,12 @@
 //            decode has two forms: the block quantizes the token itself while its first weights travel (one launch a layer), or a
 //            quantizer runs before it and the two overlap by programmatic dependent launch (Hopper).
 //
-// Trade-offs. All of K stays in one block: no workspace, no second pass, no atomics in device memory; a layer with few rows leaves
-//            multiprocessors idle instead. mma.sync runs on every GPU since 2020, below wgmma's rate on Hopper.
+// Latency.   At a few microseconds a layer is a chain of latencies: the kernel before ends, tokens arrive, are quantized, multiplied, added up,
+//            stored. Everything that is not in this chain (weights, level table, row numbers) is asked for before the wait for the kernel
+//            before. Behind the chain, a block asks the next layer's weight into the L2 if it knows it (`next`).
+// Trade-offs. All of K stays in one block: no workspace, no second pass, no atomics in device memory. A layer with few rows leaves
+//            multiprocessors idle; its warps have at most a k tile or two each, so that splitting K over blocks would shorten nothing
+//            and add a meeting of blocks. mma.sync runs on every GPU since 2020, below wgmma's rate on Hopper.
 //            The derived layout is a second copy of the codes unless the stored one is dropped.
 //
 // Interface. C, no torch: pointers, sizes, the stream. Each call sets the device, launches, and returns a cudaError_t; nothing is
