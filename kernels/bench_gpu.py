@@ -6,7 +6,7 @@ model's shapes beside cuBLAS fp16 in the same run, writes results/kernels_<devic
 
     --only correctness,tune,decode,prefill,thresholds,triton,peers,probe,model     sections (default: correctness,decode,prefill)
     --sanitize, --model   those sections alone
-    --plans FILE          where `tune` writes the measured plans (default: the file beside the kernels' code); later sections use them at once
+    --plans FILE          the measured plans, read, and written by `tune` (default: the file beside the kernels' code)
     --minutes 4        start no further measurement after so long
 
 Method: CUDA graphs of calls over rotated weights (200 MB of them at least: four times the L2), medians of replays; `ours` at M <= 16
@@ -33,8 +33,8 @@ for folder in (ROOT, ROOT / "kernels"):
 
 import torch  # noqa: E402
 from gpu_timing import FACTORS, SHAPES, Clock, bandwidth, dense_of, graph_us, ours_us, record, rotated, warm_up, weights_of  # noqa: E402
-from lbllm_kernels import build_cuda, cuda, cuda_plans  # noqa: E402
-from tune_gpu import plans_of, probe_section, thresholds_section, tune_section  # noqa: E402
+from lbllm_kernels import build_cuda, cuda  # noqa: E402
+from tune_gpu import probe_section, thresholds_section, tune_section  # noqa: E402
 
 DECODE_TOKENS = (1, 4, 8, 16)
 PREFILL_TOKENS = (128, 512, 2048)
@@ -235,12 +235,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", action="store_true", help="the section model alone: whole models into --decode-out")
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "kernels_h100.json")
-    parser.add_argument("--plans", type=Path, default=cuda_plans.FILE)
+    parser.add_argument("--plans", type=Path)
     parser.add_argument("--decode-out", type=Path, default=ROOT / "results" / "decode_h100.json")
     options = parser.parse_args(arguments)
     names = ["sanitize"] if options.sanitize else ["model"] if options.model else options.only.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
+    if options.plans:
+        os.environ["LBLLM_CUDA_PLANS"] = str(options.plans)
     clock = Clock(options.minutes)
     try:
         clock.say(f"object: {build_cuda.build().name}")
@@ -262,9 +264,6 @@ def main(arguments: list[str]) -> int:
             clock.say(f"--- {name}")
             records += SECTIONS[name](clock)
             torch.cuda.empty_cache()
-    if measured := plans_of(records):
-        cuda_plans.write({**cuda_plans.load(), torch.cuda.get_device_name(): measured}, options.plans)
-        print(f"written: {options.plans}")
     decode = [r for r in records if r.get("engine")]
     kernels = [r for r in records if not r.get("engine")]
     if decode:

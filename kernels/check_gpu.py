@@ -155,6 +155,8 @@ def check_outputs(tally: Tally, packed: PackedWeight, seed: int, tokens: tuple[i
 def check_graphs(tally: Tally, size: int) -> None:
     """A chain of layers whose launches overlap, in a graph, replayed on new inputs: equal to layer after layer with waits between."""
     weights = [cuda.CudaWeight(on_gpu(random_packed(size, size, 32, "codebook", seed))) for seed in range(4)]
+    for weight, following in itertools.pairwise(weights):
+        weight.followed_by(following)
     for m, path, flags in ((1, "fused", 0), (1, "fused", 2), (4, "fused", 3), (1, "decode", 1), (8, "decode", 3), (16, "decode", 3), (40, "narrow", 3), (200, "wide", 3), (300, "", 3)):
         plan = cuda.Plan(flags=flags)
         x = torch.randn(m, size, dtype=torch.float16, device="cuda")

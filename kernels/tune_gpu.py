@@ -103,10 +103,11 @@ def tune_section(clock: Clock) -> list[dict[str, Any]]:
                 apart = min((us for (_, plan), us in trial.us.items() if plan.flags == 0), default=float("nan"))
                 trial.us = {named: us for named, us in trial.us.items() if named[1].flags}
                 order = trial.best()
-                for path, plan in trial.us:
+                for path, plan in order:
                     cut = [path, plan.row_tiles, plan.warps, plan.prefetch]
                     chosen = (path, plan) == order[0]
                     made.append(record("tune", trial.us[(path, plan)], n, k, m, group_size=group, level_mode=mode, plan=cut, best=chosen))
+                made.append(record("not_overlapping", apart, n, k, m, group_size=group, level_mode=mode))
                 each = "   ".join(f"{path} r{plan.row_tiles} w{plan.warps} p{plan.prefetch} {trial.us[(path, plan)]:.2f}" for path, plan in order)
                 clock.say(f"{n:6} x {k:5}  M={m:<3} {mode:8} G={group:<4} {each}   not overlapping {apart:.2f}")
             for m, us in tune_many(weights, clock).items():
@@ -114,7 +115,7 @@ def tune_section(clock: Clock) -> list[dict[str, Any]]:
                 made += [record("tune", value, n, k, m, group_size=group, level_mode=mode, plan=[path, 0, 0, -1], best=path == least) for path, value in us.items()]
                 clock.say(f"{n:6} x {k:5}  M={m:<4} {mode:8} G={group:<4} " + "   ".join(f"{path} {value:.1f}" for path, value in us.items()))
             del weights
-            cuda_plans.use({torch.cuda.get_device_name(): plans_of(made)})
+            cuda_plans.merge(torch.cuda.get_device_name(), plans_of(made), cuda_plans.place())
     return made
 
 

@@ -227,6 +227,9 @@ def _output_dtype(dtype: torch.dtype) -> torch.dtype:
 def linear(tokens: CudaTokens, weight: CudaWeight, dtype: torch.dtype = torch.float32, *, path: str = "auto", plan: Plan = DEFAULT_PLAN) -> Tensor:
     """Outputs `(M, out)` of quantized tokens in `dtype`; bit-equal to `reference.linear`, cast."""
     y = torch.empty((tokens.tokens, weight.out_features), dtype=_output_dtype(dtype), device=weight.device)
+    if path == "auto" and not tokens.wgmma:
+        measured = planned(tokens.tokens, weight, plan)
+        path, plan = measured if measured[0] in ("decode", "narrow", "middle", "wide") else (path, plan)  # the others want other tokens
     if y.numel():
         _product(tokens, weight, y, None, path, plan)
     return y.to(dtype)

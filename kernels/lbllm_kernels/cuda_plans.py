@@ -9,6 +9,8 @@ The same goes for the number of tokens from which one path of many tokens beats 
 measured ones takes the larger one's plan, one beyond the largest that one's, and none takes a plan across `FEW`. A shape or device that
 was not measured has no plan, and `cuda.py` falls back to its rules.
 
+`LBLLM_CUDA_PLANS` names another file; it is asked when a shape is first met.
+
 **Trade-off.** Every plan gives the same bits, so a stale table costs time and nothing else.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +27,6 @@ Row = tuple[int, int, str, int, str, int, int, int]
 FEW = 16  # tokens of a decode launch
 FUSED = 8
 _PATHS = ("fused", "decode", "narrow", "middle", "wide", "hopper128", "hopper256")
-_tables: dict[str, list[Row]] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,25 +57,29 @@ def load(path: Path = FILE) -> dict[str, list[Row]]:
     return parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def use(tables: dict[str, list[Row]]) -> None:
-    """Take these tables from now on, instead of the file's (tuning, tests)."""
-    global _tables
-    _tables = tables
-    find.cache_clear()
+def place() -> Path:
+    """The file in use."""
+    return Path(os.environ.get("LBLLM_CUDA_PLANS") or FILE)
 
 
 @functools.lru_cache(maxsize=4096)
 def find(device: str, out: int, in_features: int, levels: str, tokens: int) -> Cut | None:
     """The plan for so many tokens, or None."""
-    global _tables
-    if _tables is None:
-        _tables = load()
     shape = (out, in_features, levels)
-    rows = [row for row in _tables.get(device, ()) if row[:3] == shape and (row[3] <= FEW) == (tokens <= FEW) and (tokens <= FUSED or row[4] != "fused")]
+    rows = [row for row in load(place()).get(device, ()) if row[:3] == shape and (row[3] <= FEW) == (tokens <= FEW) and (tokens <= FUSED or row[4] != "fused")]
     if not rows or (tokens <= FEW and tokens > max(row[3] for row in rows)):
         return None
     row = min(rows, key=lambda r: (r[3] < tokens, abs(r[3] - tokens)))
     return Cut(*row[4:])
+
+
+def merge(device: str, rows: list[Row], path: Path) -> None:
+    """Put a device's rows into a file in place of those of the same shapes, and have later calls look again."""
+    tables = load(path)
+    shapes = {row[:3] for row in rows}
+    tables[device] = sorted([row for row in tables.get(device, []) if row[:3] not in shapes] + rows)
+    write(tables, path)
+    find.cache_clear()
 
 
 def write(tables: dict[str, list[Row]], path: Path) -> None:

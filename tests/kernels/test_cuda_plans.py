@@ -12,10 +12,12 @@ TABLES = {
 
 
 @pytest.fixture
-def tables():
-    cuda_plans.use(TABLES)
+def tables(tmp_path, monkeypatch):
+    monkeypatch.setenv("LBLLM_CUDA_PLANS", str(tmp_path / "plans.json"))
+    cuda_plans.write(TABLES, cuda_plans.place())
+    cuda_plans.find.cache_clear()
     yield
-    cuda_plans.use(cuda_plans.load())
+    cuda_plans.find.cache_clear()
 
 
 @pytest.mark.parametrize(("tokens", "cut"), [(1, ("fused", 2, 16, 64)), (2, ("decode", 1, 8, 0)), (8, ("decode", 1, 8, 0)), (9, ("decode", 3, 8, 16)), (17, ("narrow", 0, 0, -1)), (33, ("hopper128", 0, 0, -1)), (5000, ("hopper128", 0, 0, -1))])
@@ -38,6 +40,14 @@ def test_a_written_table_comes_back(tmp_path):
     cuda_plans.write(TABLES, tmp_path / "plans.json")
     assert cuda_plans.load(tmp_path / "plans.json") == TABLES
     assert len((tmp_path / "plans.json").read_text().splitlines()) == 10
+
+
+def test_new_rows_replace_those_of_their_shape_and_are_found_at_once(tables):
+    assert cuda_plans.find("a card", 64, 128, "codebook-32", 1).warps == 16
+    cuda_plans.merge("a card", [(64, 128, "codebook-32", 1, "fused", 1, 4, 0)], cuda_plans.place())
+    assert cuda_plans.find("a card", 64, 128, "codebook-32", 1).warps == 4
+    assert cuda_plans.find("a card", 64, 128, "codebook-32", 8) is None
+    assert cuda_plans.find("a card", 7, 128, "codebook-32", 8) is not None
 
 
 def test_no_file_is_no_plan(tmp_path):

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(256, kN == 128 ? 2 : 1) hopper_kernel(Lut8Cuda
   WeightTile<1, kCodebook, kTwo> even_tile, odd_tile;  // two k tiles ahead
   even_tile.load(w, row_tile, 0, lane);
   odd_tile.load(w, row_tile, 1, lane);
-  if (blockIdx.x == 0) prefetch_tiles<kCodebook>(w, first_row_tile, S::kBlockRows / kTileRows, 2, w.k_tiles);
+  if (blockIdx.x == 0) prefetch_tiles<kCodebook>(w, first_row_tile, S::kBlockRows / kTileRows, 2, kPrefetch);
   if (kCodebook) table[threadIdx.x] = __ldg(w.codebook + threadIdx.x);
   let_next_start();
   wait_for_previous();

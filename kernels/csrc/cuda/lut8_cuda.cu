@@ -67,7 +67,7 @@ Plan choose(const Lut8CudaWeight& w, int m, Plan plan, int multiprocessors) {
     plan.warps = (w.row_tiles + plan.row_tiles - 1) / plan.row_tiles > multiprocessors ? 8 : 16;
     plan.warps = std::min(plan.warps, std::max(4, w.k_tiles));
   }
-  if (plan.prefetch < 0) plan.prefetch = 64;
+  if (plan.prefetch < 0) plan.prefetch = kPrefetch;
   return plan;
 }
 

@@ -143,6 +143,8 @@ struct WeightTile {
 
 // Asks for `count` k tiles, from `from` on, of the block's row tiles to be in the L2: one thread a row tile. Registers hold a tile or two a
 // warp; the rest of the memory's latency is hidden here.
+constexpr int kPrefetch = 64;  // k tiles where nothing else was measured: a multiprocessor's share stays far below the L2's size
+
 template <bool kCodebook>
 __device__ __forceinline__ void prefetch_tiles(const Lut8CudaWeight& w, int first_row_tile, int rows, int from, int count) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tiles = min(count, w.k_tiles - from);

@@ -8,9 +8,9 @@
 namespace lut8 {
 namespace {
 
-constexpr int kSlice = 4096;  // channels of a block that shares a token
+constexpr int kSlice = 4096;  // channels of a block that shares a token: eight a thread
 
-__global__ void __launch_bounds__(1024, 1) quantize_kernel(Tokens t, int in, int padded, int8_t* q, float* scale, int32_t* zero, bool wgmma_order) {
+__global__ void __launch_bounds__(512, 2) quantize_kernel(Tokens t, int in, int padded, int8_t* q, float* scale, int32_t* zero, bool wgmma_order) {
   __shared__ QuantizeScratch scratch;
   let_next_start();
   wait_for_previous();
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(1024, 1) quantize_kernel(Tokens t, int in, int
 
 cudaError_t quantize(const Tokens& t, int64_t in, int64_t padded, int8_t* q, float* scale, int32_t* zero, bool wgmma_order, bool overlap,
                      cudaStream_t stream) {
-  const int vectors = static_cast<int>((in + 7) / 8), most = t.m > 32 ? 256 : vectors > 512 ? 1024 : 512;
+  const int vectors = static_cast<int>((in + 7) / 8), most = t.m > 32 ? 256 : 512;
   const int threads = vectors >= most ? most : (vectors + 31) / 32 * 32;
   const int slices = t.m > 32 ? 1 : static_cast<int>((padded + kSlice - 1) / kSlice);
   return launch(quantize_kernel, dim3(t.m, slices), dim3(threads), 0, overlap, stream, t, static_cast<int>(in), static_cast<int>(padded), q, scale, zero,

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) tiled_kernel(Lut8CudaWeight w,
 
   WeightTile<S::kRows, kCodebook, kTwo> now, next;
   now.load(w, row_tile, k_warp, lane);
-  if (blockIdx.x == 0) prefetch_tiles<kCodebook>(w, first_row_tile, S::kRowWarps * S::kRows, S::kKWarps, w.k_tiles);
+  if (blockIdx.x == 0) prefetch_tiles<kCodebook>(w, first_row_tile, S::kRowWarps * S::kRows, S::kKWarps, kPrefetch);
   if (kCodebook)
     for (int i = threadIdx.x; i < 256; i += S::kThreads) table[i] = __ldg(w.codebook + i);
   let_next_start();
