@@ -93,7 +93,7 @@ def prefill_section(clock: Clock) -> list[dict[str, Any]]:
             if clock.over():
                 clock.say("time is over: the rest of prefill is not measured")
                 return made
-            weights = weights_of(n, k, mode, group)[:6]
+            weights = weights_of(n, k, mode, group)
             for m in PREFILL_TOKENS:
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
                 us = {}
