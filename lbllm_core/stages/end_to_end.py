@@ -30,7 +30,7 @@ from lbllm_core.engine.progress import Progress, Report
 from lbllm_core.engine.recorded_step import RecordedStep
 from lbllm_core.engine.train_block import cosine
 from lbllm_core.errors import NumericalError
-from lbllm_core.model.blocks import Decoder
+from lbllm_core.model.blocks import Decoder, linears_of
 from lbllm_core.model.linear import LearningRates, weights_held
 from lbllm_core.model.student import BlockState
 from lbllm_core.model.student_block import Mode, build_block, constrain, parameter_groups, quant_linears, read_state
@@ -94,10 +94,12 @@ def refine(r: Refinement, ids: Tensor, states: Iterable[BlockState], ledger: Led
     for teacher, state in zip(r.decoder.blocks, states, strict=True):
         mode: Mode = "nearest" if c.lr_weight and state.latents else "frozen"
         blocks.append(build_block(teacher, state, mode, r.scheme.kv_bits, r.scheme.level_family))
-        starts.append(replace(state, latents={}))
+        starts.append(replace(state, linears={}, latents={}))  # what the new block does not hold itself
     groups = [group for block in blocks for group in parameter_groups(block, learning_rates(c))]
     if not groups:
-        return starts, []
+        return [replace(read_state(block, start), latents={}) for block, start in zip(blocks, starts, strict=True)], []
+    for linear in (m for teacher in r.decoder.blocks for m in linears_of(teacher).values()):
+        linear.weight.data = linear.weight.data.to(r.hardware.compute_dtype)  # as autocast would cast it in every pass
     around = r.decoder.surroundings(r.decoder.embed(ids[:1]).float())
     update = RecordedStep(groups, lambda batch: _accumulate(r, blocks, around, batch), lambda: _constrain(blocks), c.grad_clip, ids.device)
     batches = _batches(len(ids), c, r.seed)
