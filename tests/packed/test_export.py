@@ -176,7 +176,7 @@ def test_generate_prints_and_ends(home, capsys):
 
 @pytest.mark.parametrize(("prompt", "words"), [("", "the prompt is empty"), ("a" * 128, "fills the model's context of 128")])
 def test_prompts_that_cannot_be(home, prompt, words, capsys):
-    assert generate.main(["--prompt", prompt, "--home", str(home)]) == 1
+    assert generate.main(["--prompt", prompt, "--home", str(home)]) == 2
     assert words in capsys.readouterr().err
 
 
