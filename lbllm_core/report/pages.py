@@ -37,7 +37,9 @@ def times_table(content: Mapping[str, Any]) -> str:
     lines += [[r["step"], r["of_row"], f"{r['value'] / 60:.2f}" + (" (reused)" if r.get("reused") else "")] for r in mine if r["name"] == "step_s"]
     lines += [["total", "", f"{r['value'] / 60:.1f}"] for r in mine if r["name"] == "total_s"]
     peak = "".join(f"\nPeak memory of all processes: {r['value']:.1f} GB.\n" for r in mine if r["name"] == "peak_gb" and r.get("step") == "all")
-    return markdown(lines) + peak
+    once = {"install_s": "Installing the packages", "test_s": "`make test`"}
+    told = [f"{words}: {r['value'] / 60:.1f} minutes." for name, words in once.items() for r in content["records"] if r["name"] == name]
+    return markdown(lines) + peak + (("\n" + " ".join(told) + "\n") if told else "")
 
 
 def _embedded(content: Mapping[str, Any]) -> list[dict[str, Any]]:
