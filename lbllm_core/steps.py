@@ -29,6 +29,7 @@ from lbllm_core.engine.block_sweep import SweepPlan, Work, sweep
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.engine.hardware import Hardware, resolve
 from lbllm_core.engine.ledger import Ledger
+from lbllm_core.engine.memory import release
 from lbllm_core.engine.step import Metrics, StepContext
 from lbllm_core.model.blocks import SITES, Decoder
 from lbllm_core.model.card import Origin
@@ -155,6 +156,7 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     speed: dict[str, float] = {}
     if c.pack.benchmark:
         del teacher, on_device, fake, packed
+        release()  # two processes of the measurement are about to load models of their own
         amount = (c.pack.prefill_tokens, c.pack.decode_tokens, c.pack.repeats, device.type)
         speed = measure_packed(folder, *amount)
         speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount).items()}

@@ -39,6 +39,7 @@ from filelock import FileLock, Timeout
 from lbllm_core.config import RunConfig, canonical_json, select
 from lbllm_core.engine.files import sha256_file, write_atomic
 from lbllm_core.engine.fingerprint import code_fingerprint
+from lbllm_core.engine.memory import release
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import ArtifactError, HomeError, NumericalError
@@ -162,6 +163,7 @@ def run_step(
             with _stopwatch(folder, report) as listener:
                 folders = {role: upstream.folder(home) for role, upstream in inputs.items()}
                 metrics = spec.run(StepContext(visible(config, spec.fields), folders, folder, home, listener))
+            release()
             return _publish(folder, key, parts, inputs, metrics)
 
 
