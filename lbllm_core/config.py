@@ -125,7 +125,6 @@ class WeightDistillConfig:
     lr_weight: float = number(1e-4, 0.0, 1.0, help="latent weights")
     lr_levels: float = number(2e-3, 0.0, 1.0, help="levels or codebook entries, as fractions of the row's largest; row scales, relative")
     lr_bitmap: float = number(1e-4, 0.0, 1.0, help="latent bitmap (latent only)")
-    lr_norms: float = number(0.0, 0.0, 1.0, help="weights of the two norms of a block")
     lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
     polarize: float = number(0.0, 0.0, 1e3, help="weight of the regulariser that drives the latent bitmap to 0 or 1")
     beta_start: float = number(20.0, 0.0, 100.0, help="its exponent at the start")
@@ -147,7 +146,6 @@ class ActQuantConfig:
     lr_levels: float = number(5e-4, 0.0, 1.0, help="levels or codebook entries, as fractions of the row's largest; row scales, relative")
     lr_clips: float = number(1e-3, 0.0, 1.0, help="clip_max and clip_min of each site")
     lr_knees: float = number(1e-3, 0.0, 1.0, help="knee_low and knee_high of each site (piecewise)")
-    lr_norms: float = number(0.0, 0.0, 1.0, help="weights of the two norms of a block")
     lr_final: float = number(0.05, 0.0, 1.0, help="learning rate at the end of the cosine, relative to its start")
     grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
 

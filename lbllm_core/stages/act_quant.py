@@ -31,8 +31,7 @@ SEARCH_TOKENS = 512
 def learning_rates(config: ActQuantConfig) -> LearningRates:
     """What learns, and how fast."""
     levels, clips = config.trained in ("both", "levels"), config.trained in ("both", "clips")
-    rates = {"clips": config.lr_clips * clips, "knees": config.lr_knees * clips, "norms": config.lr_norms}
-    return LearningRates(levels=config.lr_levels * levels, row_scale=config.lr_levels * levels, **rates)
+    return LearningRates(levels=config.lr_levels * levels, row_scale=config.lr_levels * levels, clips=config.lr_clips * clips, knees=config.lr_knees * clips)
 
 
 def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config: ActQuantConfig, seed: int) -> tuple[BlockState, dict[str, float]]:

@@ -26,7 +26,6 @@ def learning_rates(config: WeightDistillConfig) -> LearningRates:
         levels=config.lr_levels * levels,
         row_scale=config.lr_levels * levels,
         bitmap=config.lr_bitmap * (config.trained == "all"),
-        norms=config.lr_norms,
     )
 
 
