@@ -77,6 +77,8 @@ def test_without_an_object_dispatch_says_what_to_run(monkeypatch):
     ("variant", "group", "reason"), [("none", 32, "activations are not quantized"), ("uniform", 8, "group size 8 is not a multiple of 16")]
 )
 def test_every_fallback_has_its_reason(variant, group, reason):
+    if variant != "none" and not cpu.library().levels:  # then it is the first thing to say, whatever the weight is
+        reason = cpu.library().reason
     assert dispatch.choose(random_packed(8, 64, group), variant) == dispatch.Choice("reference", reason)
 
 
