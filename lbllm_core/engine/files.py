@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -15,9 +16,17 @@ def sha256_file(path: Path) -> str:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """`path` holds either its old content or all of `data`, even if the machine stops in between."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    replace_atomic(path, write)
+
+
+def replace_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """As `write_atomic`, for content that `write` puts into the file it is given."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
+    write(temporary)
+    with temporary.open("rb+") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)

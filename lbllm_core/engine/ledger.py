@@ -9,7 +9,6 @@ were computed from it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lbllm_core.engine.files import sha256_file, write_atomic
+from lbllm_core.engine.files import replace_atomic, sha256_file, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +60,11 @@ class Ledger:
 
     def save(self, index: int, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
         """Record unit `index`: its tensors and its figures."""
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         data, record = self._paths(index)
-        content = save(dict(tensors))
-        write_atomic(data, content)
-        entry = {"sha256": hashlib.sha256(content).hexdigest(), "figures": dict(figures)}
+        replace_atomic(data, lambda temporary: save_file(dict(tensors), temporary))  # no copy in memory: a checkpoint may be gigabytes
+        entry = {"sha256": sha256_file(data), "figures": dict(figures)}
         write_atomic(record, json.dumps(entry, sort_keys=True).encode())
 
     def load(self, index: int) -> dict[str, Tensor]:
