@@ -101,6 +101,7 @@ class PtqInitConfig:
 
     method: str = choice("em", "rtn", help="em: Hessian-weighted four-means; rtn: round to nearest on a min-max grid")
     error_compensation: bool = flag(True, help="push each column's error into the columns that remain (GPTQ)")
+    heaviest_first: bool = flag(True, help="compensate in the order of falling importance (of groups, and of columns inside one), not in that of storage")
     smoothing_exponent: float = number(0.6, 0.0, 1.0, help="foldable per-channel smoothing; 0: off")
     sequences: int = number(64, 1, 1 << 24, help="sequences used for the Hessians (the first ones)")
     damping: float = number(0.01, 1e-6, 1.0, help="share of the mean diagonal added to the Hessian")
