@@ -4,8 +4,9 @@ One script for a bare GPU machine (torch, nvcc; nothing installed): it builds th
 against the reference with fresh random inputs, and stops there with exit 1 on any difference. Then it times products of a 7B and a 70B
 model's shapes beside cuBLAS fp16 in the same run, writes results/kernels_<device>.json, and prints one table last.
 
-    --only correctness,decode,prefill,sweep,thresholds,probe,sanitize,peers,model     sections (default: correctness,decode,prefill)
+    --only correctness,tune,decode,prefill,thresholds,triton,peers,probe,model     sections (default: correctness,decode,prefill)
     --sanitize, --model   those sections alone
+    --plans FILE          the measured plans, read, and written by `tune` (default: the file beside the kernels' code)
     --minutes 4        start no further measurement after so long
 
 Method: CUDA graphs of calls over rotated weights (200 MB of them at least: four times the L2), medians of replays; `ours` at M <= 16
@@ -15,7 +16,6 @@ includes the activation quantizer, above it the quantizer is a row of its own (`
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -34,10 +34,11 @@ for folder in (ROOT, ROOT / "kernels"):
 import torch  # noqa: E402
 from gpu_timing import FACTORS, SHAPES, Clock, bandwidth, dense_of, graph_us, ours_us, record, rotated, warm_up, weights_of  # noqa: E402
 from lbllm_kernels import build_cuda, cuda  # noqa: E402
-from tune_gpu import probe_section, sweep_section, thresholds_section  # noqa: E402
+from tune_gpu import probe_section, thresholds_section, tune_section  # noqa: E402
 
 DECODE_TOKENS = (1, 4, 8, 16)
 PREFILL_TOKENS = (128, 512, 2048)
+SANITIZE_SECONDS = 55
 PREFILL_PATHS = ("narrow", "middle", "wide", "hopper128", "hopper256", "library")
 MODES = (("explicit", 128), ("codebook", 32), ("codebook", 16))
 TARGETS = {  # ratio to cuBLAS fp16 that a shape must reach, by tokens
@@ -66,15 +67,16 @@ def decode_section(clock: Clock) -> list[dict[str, Any]]:
             weights = weights_of(n, k, mode, group)
             for m in DECODE_TOKENS:
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+                path, plan = cuda.planned(m, weights[0])
                 us = ours_us(weights, x)
                 quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 20)
-                context = {"group_size": group, "level_mode": mode, "path": cuda.choose_path(m, cuda.is_hopper(0))}
+                context = {"group_size": group, "level_mode": mode, "path": path, "plan": [plan.row_tiles, plan.warps, plan.prefetch]}
                 rate = weights[0].bytes() / us / 1e3
                 made += [
                     record("ours", us, n, k, m, **context, speedup=base[m] / us, weights_gb_s=rate),
                     {**record("ours", quant, n, k, m, group_size=group), "name": "act_quant_us"},
                 ]
-                clock.say(f"{n:6} x {k:5}  M={m:<3} {mode:8} G={group:<4} cuBLAS {base[m]:7.1f} us  ours {us:6.2f} us  {base[m] / us:5.2f}x  {rate:6.0f} GB/s")
+                clock.say(f"{n:6} x {k:5}  M={m:<3} {mode:8} G={group:<4} cuBLAS {base[m]:7.1f} us  ours {us:6.2f} us  {base[m] / us:5.2f}x  {rate:6.0f} GB/s  quantizer {quant:5.2f}  {path}")
             del weights
     return made
 
@@ -116,20 +118,30 @@ def prefill_section(clock: Clock) -> list[dict[str, Any]]:
 
 
 def sanitize_section(clock: Clock) -> list[dict[str, Any]]:
-    """The small correctness set again under compute-sanitizer: memcheck, then racecheck. Raises on any finding."""
+    """Each kernel under compute-sanitizer, memcheck and racecheck side by side. Raises on any finding, and when a tool does not end."""
+    started = {}
     for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--only", "small", "--out", os.devnull]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        clock.say(f"{tool}: exit {done.returncode}; {[line for line in done.stdout.splitlines() if 'SUMMARY' in line]}")
-        if done.returncode:
-            raise SystemExit(f"{tool} failed:\n{done.stdout[-4000:]}\n{done.stderr[-1000:]}")
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--only", "each", "--out", os.devnull]
+        started[tool] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    failed = []
+    for tool, process in started.items():
+        try:
+            text, _ = process.communicate(timeout=SANITIZE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text = f"{process.communicate()[0]}\n{tool} did not end within {SANITIZE_SECONDS} s"
+        clock.say(f"{tool}: exit {process.returncode}; {[line for line in text.splitlines() if 'SUMMARY' in line or 'each kernel' in line]}")
+        if process.returncode:
+            failed.append(f"{tool} failed:\n{text[-4000:]}")
+    if failed:
+        raise SystemExit("\n".join(failed))
     return []
 
 
-def correctness_section(clock: Clock, small: bool = False) -> list[dict[str, Any]]:
-    from check_gpu import check
+def correctness_section(clock: Clock, kind: str = "all") -> list[dict[str, Any]]:
+    from check_gpu import check, check_each_kernel
 
-    checks, failures = check(clock.say, small)
+    checks, failures = check_each_kernel(clock.say) if kind == "each" else check(clock.say, kind == "small")
     if failures:
         print("\n".join(failures[:30]))
         raise SystemExit(f"{len(failures)} of {checks} checks FAILED")
@@ -143,6 +155,16 @@ def peers_section(clock: Clock) -> list[dict[str, Any]]:
     return list(measure(clock, DECODE_TOKENS + PREFILL_TOKENS))
 
 
+def triton_section(clock: Clock) -> list[dict[str, Any]]:
+    """The Triton path beside ours, where it is part of the package."""
+    try:
+        from bench_triton import measure
+    except ImportError as error:
+        clock.say(f"the Triton path is not measured: {error}")
+        return []
+    return list(measure(clock, DECODE_TOKENS + PREFILL_TOKENS))
+
+
 def model_section(clock: Clock) -> list[dict[str, Any]]:
     from bench_decode import measure
 
@@ -150,8 +172,9 @@ def model_section(clock: Clock) -> list[dict[str, Any]]:
 
 
 SECTIONS: dict[str, Callable[[Clock], list[dict[str, Any]]]] = {
-    "correctness": correctness_section, "small": functools.partial(correctness_section, small=True), "sanitize": sanitize_section,
-    "sweep": sweep_section, "thresholds": thresholds_section, "decode": decode_section, "prefill": prefill_section, "peers": peers_section, "probe": probe_section, "model": model_section,
+    "correctness": correctness_section, "small": partial(correctness_section, kind="small"), "each": partial(correctness_section, kind="each"),
+    "sanitize": sanitize_section, "tune": tune_section, "thresholds": thresholds_section, "decode": decode_section, "prefill": prefill_section,
+    "triton": triton_section, "peers": peers_section, "probe": probe_section, "model": model_section,
 }  # fmt: skip
 
 
@@ -212,11 +235,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", action="store_true", help="the section model alone: whole models into --decode-out")
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "kernels_h100.json")
+    parser.add_argument("--plans", type=Path)
     parser.add_argument("--decode-out", type=Path, default=ROOT / "results" / "decode_h100.json")
     options = parser.parse_args(arguments)
     names = ["sanitize"] if options.sanitize else ["model"] if options.model else options.only.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
         parser.error(f"unknown section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
+    if options.plans:
+        os.environ["LBLLM_CUDA_PLANS"] = str(options.plans)
     clock = Clock(options.minutes)
     try:
         clock.say(f"object: {build_cuda.build().name}")
@@ -230,7 +256,7 @@ def main(arguments: list[str]) -> int:
     clock.say(f"{torch.cuda.get_device_name()}, driver {driver()}, torch {torch.__version__}")
     records: list[dict[str, Any]] = []
     with torch.inference_mode():
-        if set(names) & {"decode", "prefill", "sweep", "thresholds", "peers", "model"}:
+        if set(names) & {"decode", "prefill", "tune", "thresholds", "triton", "peers", "model"}:
             warm_up()
             records += bandwidth()
             clock.say("  ".join(f"{r['name']} {r['value']:.0f}" for r in records))

@@ -1,0 +1,48 @@
+"""The Triton path as `ours_triton` beside the CUDA path's numbers: `bench_gpu.py --only triton`.
+
+Same method as there: quantizer included at M <= 16 and left out above, weights rotated past the L2, CUDA graphs. The weights are those of
+the CUDA path, stored and derived anew, and both paths' outputs must agree bit by bit before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_timing import FACTORS, SHAPES, Clock, dense_of, graph_us, record, rotated, weights_of
+from lbllm_kernels import cuda, triton_matmul
+
+MODES = (("explicit", 128), ("codebook", 32))
+FEW = 16  # tokens up to which the quantizer counts
+
+
+def measure(clock: Clock, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Records of each shape, level mode and number of tokens, cuBLAS fp16 beside them."""
+    for n, k in SHAPES[:3]:
+        dense, base = dense_of(n, k)[:4], {}
+        for m in tokens:
+            x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+            base[m] = graph_us(rotated(dense, partial(torch.nn.functional.linear, x), 8), 9)
+            yield record("cublas_fp16", base[m], n, k, m)
+        del dense
+        for mode, group in MODES:
+            ours = weights_of(n, k, mode, group)
+            weights = [triton_matmul.TritonWeight(cuda.stored(weight)) for weight in ours]
+            for m in tokens:
+                if clock.over():
+                    clock.say("time is over: the rest of the Triton path is not measured")
+                    return
+                x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+                quantized = triton_matmul.quantize(x, FACTORS)
+                if not torch.equal(triton_matmul.linear(quantized, weights[0], torch.float16), cuda.forward(x, ours[0], FACTORS)):
+                    raise SystemExit(f"the Triton path differs from the CUDA path: {n} x {k}, {mode} G={group}, M={m}")
+                if m <= FEW:
+                    us = graph_us(rotated(weights, lambda w, x=x: triton_matmul.linear(triton_matmul.quantize(x, FACTORS), w, torch.float16)), 9)
+                else:
+                    us = graph_us(rotated(weights, lambda w, t=quantized: triton_matmul.linear(t, w, torch.float16), 8), 9)
+                yield record("ours_triton", us, n, k, m, group_size=group, level_mode=mode, speedup=base[m] / us)
+                clock.say(f"{n:6} x {k:5}  M={m:<4} {mode:8} G={group:<4} Triton {us:8.2f} us  {base[m] / us:5.2f}x")
+            del ours, weights
+            torch.cuda.empty_cache()
