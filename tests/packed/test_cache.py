@@ -157,7 +157,8 @@ def test_every_operation_of_a_cache_layer(kind):
     twin = copy.deepcopy(ours)
     step(1, batch=6)
     assert twin.get_seq_length() == ours.get_seq_length() - 1
-    ours.reset(), theirs.reset()
+    ours.reset()
+    theirs = DynamicLayer()  # what its own reset leaves differs between releases
     step(3, batch=1)
 
 
