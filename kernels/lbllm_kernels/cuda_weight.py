@@ -36,6 +36,7 @@ from lbllm_kernels.cuda_layout import (
 from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight, count_groups
 
 _MOST_AHEAD = 24 << 20  # bytes of a following weight's codes that are asked into the L2, and an eighth of that of its levels
+ALIGNMENT = 16  # bytes; of every address that the kernels read words of 16 bytes from
 _MOST_CELLS = 1 << 24  # row tiles x k tiles: the kernels' 32-bit indices hold
 
 
@@ -209,6 +210,8 @@ class CudaWeight:
                 continue
             if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device.type != "cuda":
                 raise ValueError(f"{name} must be a contiguous CUDA tensor {dtype} {shape}")
+            if tensor.data_ptr() % ALIGNMENT:
+                raise ValueError(f"{name} lies at {tensor.data_ptr():#x}; its address must be a multiple of {ALIGNMENT}: pass a copy (`.clone()`)")
         return row_tiles, k_tiles
 
     def followed_by(self, following: CudaWeight | None) -> None:
