@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ from gpu_timing import FACTORS, SHAPES, Clock, bandwidth, dense_of, graph_us, ou
 from lbllm_kernels import build_cuda, cuda  # noqa: E402
 from tune_gpu import probe_section, thresholds_section, tune_section  # noqa: E402
 
+Records = Iterator[dict[str, Any]]
 DECODE_TOKENS = (1, 4, 8, 16)
 PREFILL_TOKENS = (128, 512, 2048)
 SANITIZE_SECONDS = 55
+SECONDS_BETWEEN_WRITES = 3
 PREFILL_PATHS = ("narrow", "middle", "wide", "hopper128", "hopper256", "library")
 MODES = (("explicit", 128), ("codebook", 32), ("codebook", 16))
 TARGETS = {  # ratio to cuBLAS fp16 that a shape must reach, by tokens
@@ -50,20 +52,19 @@ TARGETS = {  # ratio to cuBLAS fp16 that a shape must reach, by tokens
 }
 
 
-def decode_section(clock: Clock) -> list[dict[str, Any]]:
+def decode_section(clock: Clock) -> Records:
     """M <= 16: quantizer and product together, beside cuBLAS fp16."""
-    made = []
     for n, k in SHAPES:
         dense, base = dense_of(n, k), {}
         for m in DECODE_TOKENS:
             x = torch.randn(m, k, dtype=torch.float16, device="cuda")
             base[m] = graph_us(rotated(dense, partial(torch.nn.functional.linear, x)))
-            made.append(record("cublas_fp16", base[m], n, k, m))
+            yield record("cublas_fp16", base[m], n, k, m)
         del dense
         for mode, group in MODES:
             if clock.over():
                 clock.say("time is over: the rest of decode is not measured")
-                return made
+                return
             weights = weights_of(n, k, mode, group)
             for m in DECODE_TOKENS:
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
@@ -72,29 +73,25 @@ def decode_section(clock: Clock) -> list[dict[str, Any]]:
                 quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 20)
                 context = {"group_size": group, "level_mode": mode, "path": path, "plan": [plan.row_tiles, plan.warps, plan.prefetch]}
                 rate = weights[0].bytes() / us / 1e3
-                made += [
-                    record("ours", us, n, k, m, **context, speedup=base[m] / us, weights_gb_s=rate),
-                    {**record("ours", quant, n, k, m, group_size=group), "name": "act_quant_us"},
-                ]
+                yield record("ours", us, n, k, m, **context, speedup=base[m] / us, weights_gb_s=rate)
+                yield {**record("ours", quant, n, k, m, group_size=group), "name": "act_quant_us"}
                 clock.say(f"{n:6} x {k:5}  M={m:<3} {mode:8} G={group:<4} cuBLAS {base[m]:7.1f} us  ours {us:6.2f} us  {base[m] / us:5.2f}x  {rate:6.0f} GB/s  quantizer {quant:5.2f}  {path}")
             del weights
-    return made
 
 
-def prefill_section(clock: Clock) -> list[dict[str, Any]]:
+def prefill_section(clock: Clock) -> Records:
     """M > 16: the product and the quantizer apart, each path; int8 cuBLASLt alone beside them."""
-    made = []
     for n, k in SHAPES:
         dense, base = dense_of(n, k)[:4], {}
         for m in PREFILL_TOKENS:
             x = torch.randn(m, k, dtype=torch.float16, device="cuda")
             base[m] = graph_us(rotated(dense, partial(torch.nn.functional.linear, x), 8), 9)
-            made.append(record("cublas_fp16", base[m], n, k, m))
+            yield record("cublas_fp16", base[m], n, k, m)
         del dense
         for mode, group in MODES[: 3 if n * k < 2e7 else 2]:
             if clock.over():
                 clock.say("time is over: the rest of prefill is not measured")
-                return made
+                return
             weights = weights_of(n, k, mode, group)
             for m in PREFILL_TOKENS:
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
@@ -105,19 +102,18 @@ def prefill_section(clock: Clock) -> list[dict[str, Any]]:
                 quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 8, 9)
                 best = min(us, key=us.__getitem__)
                 context = {"group_size": group, "level_mode": mode}
-                made += [record("ours", us[p], n, k, m, **context, path=p, speedup=base[m] / us[p], best=p == best) for p in us]
-                made.append({**record("ours", quant, n, k, m), "name": "act_quant_us"})
+                yield from (record("ours", us[p], n, k, m, **context, path=p, speedup=base[m] / us[p], best=p == best) for p in us)
+                yield {**record("ours", quant, n, k, m), "name": "act_quant_us"}
                 if mode == "explicit":
                     int8 = [cuda.expanded(w) for w in weights[:3]]
                     lt = graph_us(rotated(int8, lambda w, t=tokens: torch._int_mm(t.q, w.T), 8), 9)
-                    made.append(record("cublaslt_int8", lt, n, k, m))
+                    yield record("cublaslt_int8", lt, n, k, m)
                 each = "  ".join(f"{p} {t:7.1f}" for p, t in us.items())
                 clock.say(f"{n:6} x {k:5}  M={m:<4} {mode:8} G={group:<4} cuBLAS {base[m]:7.1f} us  {each}  quantizer {quant:5.1f}  best {base[m] / us[best]:5.2f}x")
             del weights
-    return made
 
 
-def sanitize_section(clock: Clock) -> list[dict[str, Any]]:
+def sanitize_section(clock: Clock) -> Records:
     """Each kernel under compute-sanitizer, memcheck and racecheck side by side. Raises on any finding, and when a tool does not end."""
     started = {}
     for tool in ("memcheck", "racecheck"):
@@ -135,10 +131,10 @@ def sanitize_section(clock: Clock) -> list[dict[str, Any]]:
             failed.append(f"{tool} failed:\n{text[-4000:]}")
     if failed:
         raise SystemExit("\n".join(failed))
-    return []
+    yield from ()
 
 
-def correctness_section(clock: Clock, kind: str = "all") -> list[dict[str, Any]]:
+def correctness_section(clock: Clock, kind: str = "all") -> Records:
     from check_gpu import check, check_each_kernel
 
     checks, failures = check_each_kernel(clock.say) if kind == "each" else check(clock.say, kind == "small")
@@ -146,32 +142,32 @@ def correctness_section(clock: Clock, kind: str = "all") -> list[dict[str, Any]]
         print("\n".join(failures[:30]))
         raise SystemExit(f"{len(failures)} of {checks} checks FAILED")
     clock.say(f"{checks} checks, none failed")
-    return []
+    yield {"name": "exact_checks", "value": checks, "unit": "checks", "kind": kind}
 
 
-def peers_section(clock: Clock) -> list[dict[str, Any]]:
+def peers_section(clock: Clock) -> Records:
     from bench_peers import measure
 
-    return list(measure(clock, DECODE_TOKENS + PREFILL_TOKENS))
+    return measure(clock, (1, 16, 8, 2048, 128))
 
 
-def triton_section(clock: Clock) -> list[dict[str, Any]]:
+def triton_section(clock: Clock) -> Records:
     """The Triton path beside ours, where it is part of the package."""
     try:
         from bench_triton import measure
     except ImportError as error:
         clock.say(f"the Triton path is not measured: {error}")
-        return []
-    return list(measure(clock, DECODE_TOKENS + PREFILL_TOKENS))
+        return iter(())
+    return measure(clock, DECODE_TOKENS + PREFILL_TOKENS)
 
 
-def model_section(clock: Clock) -> list[dict[str, Any]]:
+def model_section(clock: Clock) -> Records:
     from bench_decode import measure
 
-    return list(measure(clock))
+    return measure(clock)
 
 
-SECTIONS: dict[str, Callable[[Clock], list[dict[str, Any]]]] = {
+SECTIONS: dict[str, Callable[[Clock], Records]] = {
     "correctness": correctness_section, "small": partial(correctness_section, kind="small"), "each": partial(correctness_section, kind="each"),
     "sanitize": sanitize_section, "tune": tune_section, "thresholds": thresholds_section, "decode": decode_section, "prefill": prefill_section,
     "triton": triton_section, "peers": peers_section, "probe": probe_section, "model": model_section,
@@ -216,15 +212,35 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, arguments: list[str], records: list[dict[str, Any]]) -> None:
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": driver(), "python": platform.python_version(), "path": cuda.library().reason}
-    result = {
-        "schema": 1, "command": " ".join(["python kernels/bench_gpu.py", *arguments]), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(), "versions": versions, "records": records,
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+class Keeper:
+    """Collects records and writes them every few seconds, so that a run that is cut short leaves what it had measured."""
+
+    def __init__(self, arguments: list[str], kernels: Path, models: Path):
+        self.records: list[dict[str, Any]] = []
+        self.kernels, self.models, self.written = kernels, models, time.monotonic()
+        versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "driver": driver(), "python": platform.python_version(), "path": cuda.library().reason}
+        self.head = {
+            "schema": 1, "command": " ".join(["python kernels/bench_gpu.py", *arguments]), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name(), "versions": versions,
+        }  # fmt: skip
+
+    def add(self, made: dict[str, Any]) -> None:
+        self.records.append(made)
+        if time.monotonic() - self.written > SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self) -> None:
+        """Models' records into one file, kernels' into the other; rates alone into none."""
+        self.written = time.monotonic()
+        models = [r for r in self.records if r.get("engine")]
+        kernels = [r for r in self.records if not r.get("engine")]
+        for path, records in ((self.models, models), (self.kernels, kernels)):
+            if path == Path(os.devnull) or not any(r.get("op") or r.get("engine") for r in records):
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_file = path.with_suffix(".part")
+            partial_file.write_text(json.dumps({**self.head, "records": records}, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial_file, path)
 
 
 def main(arguments: list[str]) -> int:
@@ -254,22 +270,21 @@ def main(arguments: list[str]) -> int:
         print(f"the CUDA path cannot run here: {reason}", file=sys.stderr)
         return 1
     clock.say(f"{torch.cuda.get_device_name()}, driver {driver()}, torch {torch.__version__}")
-    records: list[dict[str, Any]] = []
+    keep = Keeper(arguments, options.out, options.decode_out)
     with torch.inference_mode():
         if set(names) & {"decode", "prefill", "tune", "thresholds", "triton", "peers", "model"}:
             warm_up()
-            records += bandwidth()
-            clock.say("  ".join(f"{r['name']} {r['value']:.0f}" for r in records))
+            rates = bandwidth()
+            keep.records += rates
+            clock.say("  ".join(f"{r['name']} {r['value']:.0f}" for r in rates))
         for name in names:
             clock.say(f"--- {name}")
-            records += SECTIONS[name](clock)
+            for made in SECTIONS[name](clock):
+                keep.add(made)
             torch.cuda.empty_cache()
-    decode = [r for r in records if r.get("engine")]
-    kernels = [r for r in records if not r.get("engine")]
-    if decode:
-        write(options.decode_out, arguments, decode)
-    if any(r["name"] == "kernel_us" for r in kernels):
-        write(options.out, arguments, kernels)
+    keep.write()
+    kernels = [r for r in keep.records if r["name"] == "kernel_us"]
+    if kernels:
         print(table(kernels))
     return 0
 

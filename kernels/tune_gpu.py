@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -90,14 +91,14 @@ def tune_many(weights: list[cuda.CudaWeight], clock: Clock) -> dict[int, dict[st
     return found
 
 
-def tune_section(clock: Clock) -> list[dict[str, Any]]:
+def tune_section(clock: Clock) -> Iterator[dict[str, Any]]:
     """How decode launches should be cut, and which path many tokens take; from here on in this process the plans found are used."""
-    made: list[dict[str, Any]] = []
     for (n, k), modes in [(shape, (*MODES, ("codebook", 16))) for shape in SHAPES] + [(shape, MODES[1:]) for shape in MERGED]:
         for mode, group in modes:
             if clock.over():
                 clock.say("time is over: the rest is not tuned")
-                return made
+                return
+            made: list[dict[str, Any]] = []
             weights = weights_of(n, k, mode, group)
             for m, trial in tune_shape(weights, clock).items():
                 apart = min((us for (_, plan), us in trial.us.items() if plan.flags == 0), default=float("nan"))
@@ -116,7 +117,7 @@ def tune_section(clock: Clock) -> list[dict[str, Any]]:
                 clock.say(f"{n:6} x {k:5}  M={m:<4} {mode:8} G={group:<4} " + "   ".join(f"{path} {value:.1f}" for path, value in us.items()))
             del weights
             cuda_plans.merge(torch.cuda.get_device_name(), plans_of(made), cuda_plans.place())
-    return made
+            yield from made
 
 
 def plans_of(records: list[dict[str, Any]]) -> list[cuda_plans.Row]:
@@ -125,15 +126,14 @@ def plans_of(records: list[dict[str, Any]]) -> list[cuda_plans.Row]:
     return [(r["n"], r["k"], f"{r['level_mode']}-{r['group_size']}", r["m"], *r["plan"]) for r in chosen]
 
 
-def thresholds_section(clock: Clock) -> list[dict[str, Any]]:
+def thresholds_section(clock: Clock) -> Iterator[dict[str, Any]]:
     """Quantizer and product together by every path over M: where one path should hand over to the next."""
-    made = []
     for n, k in ((4096, 4096), (11008, 4096), (8192, 8192)):
         weights = weights_of(n, k, "codebook", 32)
         for m in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384):
             x = torch.randn(m, k, dtype=torch.float16, device="cuda")
             if clock.over():
-                return made
+                return
             us = {}
             for path in cuda.PATHS:
                 if path in ("auto", "library", "hopper") or m > cuda.MOST_TOKENS.get(path, m) or (path.startswith("hopper") and not cuda.is_hopper(0)):
@@ -142,12 +142,11 @@ def thresholds_section(clock: Clock) -> list[dict[str, Any]]:
                     continue
                 us[path] = graph_us(rotated(weights, lambda w, p=path, x=x: cuda.forward(x, w, FACTORS, path=p)), 7)
             best = min(us, key=us.__getitem__)
-            made += [record("threshold", value, n, k, m, path=path, best=path == best) for path, value in us.items()]
+            yield from (record("threshold", value, n, k, m, path=path, best=path == best) for path, value in us.items())
             clock.say(f"{n:6} x {k:5}  M={m:<4} best {best:9} " + "  ".join(f"{p} {t:.1f}" for p, t in us.items()))
-    return made
 
 
-def probe_section(clock: Clock) -> list[dict[str, Any]]:
+def probe_section(clock: Clock) -> Iterator[dict[str, Any]]:
     """A few plain calls of each kernel, for a profiler that is run around this script."""
     for (n, k), m in (((4096, 4096), 1), ((11008, 4096), 1), ((8192, 28672), 1), ((8192, 8192), 16), ((4096, 4096), 128), ((11008, 4096), 2048)):
         weight, x = random_weight(n, k, "codebook", 32), torch.randn(m, k, dtype=torch.float16, device="cuda")
@@ -155,4 +154,4 @@ def probe_section(clock: Clock) -> list[dict[str, Any]]:
             cuda.forward(x, weight, FACTORS)
         torch.cuda.synchronize()
         clock.say(f"probe {n} x {k}, M={m}")
-    return []
+    yield from ()
