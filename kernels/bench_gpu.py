@@ -39,7 +39,7 @@ from tune_gpu import probe_section, thresholds_section, tune_section  # noqa: E4
 Records = Iterator[dict[str, Any]]
 DECODE_TOKENS = (1, 4, 8, 16)
 PREFILL_TOKENS = (128, 512, 2048)
-SANITIZE_SECONDS = 55
+SANITIZE_SECONDS = 70
 SECONDS_BETWEEN_WRITES = 3
 PREFILL_PATHS = ("narrow", "middle", "wide", "hopper128", "hopper256", "library")
 MODES = (("explicit", 128), ("codebook", 32), ("codebook", 16))

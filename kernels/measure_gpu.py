@@ -1,7 +1,7 @@
 """Everything about one GPU in one go:  python kernels/measure_gpu.py --out FOLDER [--minutes 9] [--only build,correctness,...]
 
 Builds, checks every path bit by bit, measures plans, decode, prefill, whole models, checks what dispatch may choose, runs the sanitizer,
-the compiled model, the Triton path and other libraries. Each part is a process of its own with its own limit: a part that hangs is killed
+the compiled model, the Triton path, a profiler and other libraries. Each part is a process of its own with its own limit: a part that hangs is killed
 with all that it started, and the next one begins. What a part measured until then is kept. Times are taken even where a check failed, and
 then every file says so (`correctness`): such figures are for finding the fault.
 
@@ -34,12 +34,13 @@ LEAST = 12  # seconds left under which no part begins
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its command after `python`, the seconds it may take, and which part must have succeeded."""
+    """One process: the arguments of its program (Python), the seconds it may take, and which part must have succeeded."""
 
     name: str
     command: tuple[str, ...]
     seconds: int
     needs: str = "build"
+    program: str = sys.executable
 
 
 def bench(section: str, seconds: int, minutes: float, *more: str) -> Part:
@@ -48,6 +49,11 @@ def bench(section: str, seconds: int, minutes: float, *more: str) -> Part:
     return Part(section, command, seconds)
 
 
+NCU = (
+    "--kernel-name", "regex:decode_kernel|hopper_kernel|tiled_kernel|quantize_kernel",
+    "--section", "SpeedOfLight", "--section", "LaunchStats", "--section", "Occupancy", "--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis",
+    "--print-summary", "per-kernel", sys.executable, str(KERNELS / "bench_gpu.py"), "--only", "probe", "--out", os.devnull,
+)  # fmt: skip
 MODEL_TEST = "tests/packed/test_devices.py"
 GROUPS: tuple[tuple[Part, ...], ...] = (  # parts of a group run side by side; only checks do
     (Part("build", ("-m", "lbllm_kernels.build_cuda"), 120, ""),),
@@ -58,10 +64,11 @@ GROUPS: tuple[tuple[Part, ...], ...] = (  # parts of a group run side by side; o
     (bench("model", 110, 1.3, "--decode-out", "{out}/part_model.json"),),
     (
         Part("paths", (str(KERNELS / "check_paths.py"), "--minutes", "0.9"), 80, ""),
-        bench("sanitize", 75, 3),
+        bench("sanitize", 85, 3),
         Part("model_test", ("-m", "pytest", MODEL_TEST, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:logging"), 80),
     ),
     (bench("triton", 55, 0.6),),
+    (Part("profile", NCU, 60, program="ncu"),),
     (bench("peers", 100, 1.4),),
 )
 PARTS = tuple(part for group in GROUPS for part in group)
@@ -96,12 +103,13 @@ class Session:
             return
         seconds = min(part.seconds, left)
         begun = time.monotonic()
-        command = [sys.executable, *(word.replace("{out}", str(self.out)) for word in part.command)]
+        command = [part.program, *(word.replace("{out}", str(self.out)) for word in part.command)]
         self.say(f"--- {part.name}: {' '.join(part.command)}")
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
+        try:
+            process = self.start_process(command)
+        except OSError as error:
+            self.note(part, 127, 0.0, f"{part.program} does not start: {error.strerror}")
+            return
         reader = threading.Thread(target=self.copy_output, args=(part.name, process), daemon=True)
         reader.start()
         try:
@@ -112,6 +120,12 @@ class Session:
         kill(process)
         reader.join(5)
         self.note(part, process.poll(), time.monotonic() - begun, how)
+
+    def start_process(self, command: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
 
     def copy_output(self, name: str, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None

@@ -150,7 +150,7 @@ def probe_section(clock: Clock) -> Iterator[dict[str, Any]]:
     """A few plain calls of each kernel, for a profiler that is run around this script."""
     for (n, k), m in (((4096, 4096), 1), ((11008, 4096), 1), ((8192, 28672), 1), ((8192, 8192), 16), ((4096, 4096), 128), ((11008, 4096), 2048)):
         weight, x = random_weight(n, k, "codebook", 32), torch.randn(m, k, dtype=torch.float16, device="cuda")
-        for _ in range(3):
+        for _ in range(2):
             cuda.forward(x, weight, FACTORS)
         torch.cuda.synchronize()
         clock.say(f"probe {n} x {k}, M={m}")
