@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +13,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lbllm_core.config import RunConfig, config_from_dict, config_to_dict
+from lbllm_core.config import RunConfig, config_to_dict
 from lbllm_core.engine.ledger import Ledger
+from lbllm_core.engine.preflight import check_inputs
 from lbllm_core.errors import ArtifactError, DataError
 from lbllm_core.evaluation import offline_tasks, request_scores
-from lbllm_core.evaluation.request_file import Requests, Scores, read_requests, read_scores, requests_tensors, tokenizer_digest, write_requests, write_scores
+from lbllm_core.evaluation.request_file import (
+    Requests,
+    Scores,
+    located,
+    read_requests,
+    read_scores,
+    requests_tensors,
+    tokenizer_digest,
+    write_requests,
+    write_scores,
+)
 from lbllm_core.evaluation.zero_shot import zero_shot
+from lbllm_core.model.packed_folder import load_packed
+from lbllm_core.report.method_tables import zero_shot_table
 from lbllm_core.report.records import read_results
 
 LIMIT = 6
 TASKS = ("piqa", "boolq", "hellaswag", "winogrande")
-FIRST = ("piqa", "winogrande")
 
 
 @pytest.fixture(scope="module")
@@ -170,40 +184,73 @@ def test_altered_incomplete_and_foreign_files_are_refused(requests: Path, teache
     assert (tmp_path / "note").read_text() == "mine"
 
 
-def config_with(requests: Path, **evaluation) -> RunConfig:
+def test_a_batch_without_lm_eval_leaves_scores_that_become_rows(requests: Path, models_home: Path, tmp_path: Path, tiny_teacher) -> None:
+    """The whole way by its commands: a batch in processes that cannot import lm-eval, then aggregate into its results file, and a table."""
+    configuration, home, record = tmp_path / "run.json", tmp_path / "home", tmp_path / "results" / "method.json"
     values = config_to_dict(RunConfig())
-    values["evaluation"] |= {"protocols": [], "baselines": [], "requests": str(requests), **evaluation}
-    values["weight_distill"]["enabled"] = values["end_to_end"]["enabled"] = values["pack"]["benchmark"] = False
-    return config_from_dict(values)
-
-
-def test_a_run_without_lm_eval_leaves_scores_that_become_rows(requests: Path, models_home: Path, tmp_path: Path, tiny_teacher) -> None:
-    """The whole way by its commands: a run in a process that cannot import lm-eval, then aggregate into a results file and a table."""
-    import json
-
-    from lbllm_core.model.packed_folder import load_packed
-    from lbllm_core.report.pages import render
-
-    configuration, home = tmp_path / "run.json", tmp_path / "home"
-    configuration.write_text(json.dumps(config_to_dict(config_with(requests))))
+    values["evaluation"] |= {"protocols": [], "baselines": ["stage1"]}
+    values["weight_distill"]["enabled"] = values["pack"]["benchmark"] = False
+    values["end_to_end"]["steps"] = 2
+    configuration.write_text(json.dumps(values))
     home.mkdir()
     (home / "models").symlink_to(models_home.absolute() / "models")
     (tmp_path / "lm_eval.py").write_text("raise ImportError('not on this machine')")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from lbllm_core.run import main; sys.exit(main(sys.argv[1:]))"
-    record = tmp_path / "results" / "method.json"
-    done = subprocess.run([sys.executable, "-c", code, "--config", str(configuration), "--home", str(home), "--record", str(record)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "lbllm_core.batch", "--record", str(record), "--home", str(home), "--set", f"evaluation.requests={requests}", str(configuration)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stdout + done.stderr
     files = sorted((record.parent / "method-scores").iterdir())
-    assert [f.name.split("-")[1] for f in files] == ["embedded", "teacher"]
-    assert offline_tasks.main(["aggregate", "--home", str(models_home), "--requests", str(requests), "--record", str(record), *map(str, files)]) == 0
-    figures = {(r["row"], r["name"]): r["value"] for r in read_results(record)["records"]}
-    packed = load_packed(next((home / "artifacts" / "pack_and_benchmark").glob("*/packed")), "cpu")
+    assert [f.name.rpartition("-")[0] for f in files] == ["tiny-embedded-seed0-final", "tiny-teacher"], "the rows beside the final one are not scored"
+
+    aggregate = ["aggregate", "--home", str(models_home), "--requests", str(requests), "--record", str(record), *map(str, files)]
+    assert offline_tasks.main(aggregate) == 0
+    content = read_results(record)
+    figures = {(r["row"], r["name"]): r["value"] for r in content["records"]}
+    finals = [m for m in (home / "artifacts" / "pack_and_benchmark").glob("*/manifest.json") if "end_to_end" in m.read_text()]
+    packed = load_packed(finals[0].parent / "packed", "cpu")
     for row, model in (("teacher", tiny_teacher.model), ("final", packed)):
-        for name, value in zero_shot(model, tiny_teacher.tokenizer, TASKS, LIMIT).items():
-            assert figures[row, name] == value
-    before = read_results(record)
-    assert offline_tasks.main(["aggregate", "--home", str(models_home), "--requests", str(requests), "--record", str(record), *map(str, files)]) == 0
-    assert read_results(record)["records"] == before["records"], "the same rows replace themselves"
-    assert "lbllm_core.run" in before["command"]
-    assert "offline_tasks aggregate" in before["command"]
-    assert "teacher" in render("zero_shot", record.parent)
+        direct = zero_shot(model, tiny_teacher.tokenizer, TASKS, LIMIT)
+        assert {name: figures[row, name] for name in direct} == direct
+    assert next(r for r in content["records"] if r["row"] == "final")["effective_bpw"] > 2
+    assert "offline_tasks aggregate" in content["command"]
+    table = zero_shot_table(content["records"], "tiny").splitlines()
+    assert len(table) == 4
+    assert table[2].startswith("|  | teacher |")
+    assert offline_tasks.main(aggregate) == 0
+    assert read_results(record)["records"] == content["records"], "the same rows replace themselves"
+
+
+def test_scores_without_a_row_are_not_recorded(requests: Path, teacher_scores: Path, models_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["aggregate", "--home", str(models_home), "--requests", str(requests), "--record", str(tmp_path / "r.json"), str(teacher_scores)]
+    assert offline_tasks.main(arguments) == 1
+    assert "without the context of its row" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_the_score_command_names_its_row(requests: Path, models_home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "teacher.safetensors"
+    assert offline_tasks.main(["score", "--home", str(models_home), "--requests", str(requests), "--out", str(out)]) == 0
+    context = read_scores(out, read_requests(requests)).facts["context"]
+    assert (context["row"], context["experiment"], context["model"]) == ("teacher", "", "tiny")
+
+
+def test_a_requests_file_that_is_not_there_stops_a_run_at_once(tmp_path: Path, models_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(RunConfig(), evaluation=dataclasses.replace(RunConfig().evaluation, requests=str(tmp_path / "none")))
+    with pytest.raises(DataError, match=r"evaluation\.requests: there is no file"):
+        check_inputs(config, models_home)
+    with pytest.raises(DataError, match="LBLLM_DATA, which is not set"):
+        located("requests.safetensors")
+
+
+def test_the_zero_shot_table_in_per_cent() -> None:
+    teacher = {"unit": "1", "model": "m", "row": "teacher", "experiment": "", "seed": 0}
+    final = {**teacher, "row": "final", "experiment": "e", "control": "none", "level_mode": "codebook", "group_size": 16, "act_variant": "none", "kv_bits": 16, "effective_bpw": 2.5, "stages": "1"}
+    named = {"acc_a": 0.6, "acc_stderr_a": 0.03, "acc_norm_a": 0.7, "acc_norm_stderr_a": 0.03, "acc_b": 0.4, "acc_stderr_b": 0.04}
+    records = [{"name": n, "value": v, **teacher} for n, v in named.items()]
+    records += [{"name": n, "value": v * (1 if "stderr" in n else 0.5), **final, "seed": seed} for seed in (0, 1) for n, v in named.items()]
+    records += [{"name": "ppl_x", "value": 9.0, **final}]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in zero_shot_table(records, "m").splitlines()]
+    assert lines[0][5:] == ["a", "b", "mean acc", "mean acc_norm", "seeds"]
+    assert lines[2][5:] == ["60.0 ± 3.0", "40.0 ± 4.0", "50.0 ± 2.5", "55.0 ± 2.5", "1"]
+    assert lines[3] == ["e", "table, free, G=16", "A16", "1", "2.500", "30.0 ± 3.0", "20.0 ± 4.0", "25.0 ± 2.5 (50 %)", "27.5 ± 2.5 (50 %)", "2"]
+    assert "Not measured" in zero_shot_table(records[-1:], "m")
