@@ -3,7 +3,7 @@
 Requests are taken context by context, longest first, in chunks of CHUNK_TOKENS tokens; a chunk is scored as `choice_scores.py` does
 it (choices of one context in one row, right-padded batches within a token budget, logits at the continuations alone) and
 recorded in a ledger, so that a run that died goes on after its last chunk. Chunks are fixed by the file, so a resumed run gives the
-numbers of an uninterrupted one.
+numbers of an uninterrupted one; they are alike in tokens, so that the time left is true.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lbllm_core.errors import ArtifactError
 from lbllm_core.evaluation.choice_scores import score
 from lbllm_core.evaluation.request_file import Pair, Requests, Scores, read_scores, require_tokenizer, write_scores
 
-CHUNK_TOKENS = 1 << 17
+CHUNK_TOKENS = 1 << 16
 NAME = "zero_shot requests"
 
 
@@ -54,15 +54,15 @@ def score_requests(
     parts = chunks(requests.tensors["context_of"].tolist(), pairs, chunk_tokens)
     values, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.uint8)
     intact = ledger.finished(len(parts))
-    seen = 0
+    report(Progress(NAME, intact, len(parts), "chunk"))
     for index, part in enumerate(parts):
         if index >= intact:
-            answers = score(model, [pairs[i] for i in part], max_length, batch_tokens, lambda done, _, seen=seen: report(Progress(NAME, seen + done, len(pairs), "request")))
+            answers = score(model, [pairs[i] for i in part], max_length, batch_tokens)
             made = {"values": torch.tensor([v for v, _ in answers], dtype=torch.float64), "greedy": torch.tensor([g for _, g in answers], dtype=torch.uint8)}
             ledger.save(index, made, {})
+            report(Progress(NAME, index + 1, len(parts), "chunk"))
         made = ledger.load(index)
         values[part], greedy[part] = made["values"], made["greedy"]
-        seen += len(part)
     return values, greedy
 
 

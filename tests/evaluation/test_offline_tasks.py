@@ -35,7 +35,7 @@ from lbllm_core.report.method_tables import zero_shot_table
 from lbllm_core.report.records import read_results
 
 LIMIT = 6
-TASKS = ("piqa", "boolq", "hellaswag", "winogrande")
+TASKS = ("piqa", "arc_easy", "winogrande")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_same_accuracies_as_the_direct_way(requests: Path, teacher_scores: P
     asked = read_requests(requests)
     found = offline_tasks.aggregate(asked, read_scores(teacher_scores, asked), tiny_teacher.tokenizer)
     assert found == zero_shot(tiny_teacher.model, tiny_teacher.tokenizer, TASKS, LIMIT)
-    assert {f"acc_stderr_{task}_n{LIMIT}" for task in TASKS} <= set(found)
+    assert {f"acc_stderr_{task}_n{LIMIT}" for task in ("piqa", "arc_easy_val", "winogrande")} <= set(found)
 
 
 def test_swapped_answers_change_accuracies(requests: Path, teacher_scores: Path, tiny_teacher) -> None:
@@ -189,7 +189,7 @@ def test_a_batch_without_lm_eval_leaves_scores_that_become_rows(requests: Path, 
     configuration, home, record = tmp_path / "run.json", tmp_path / "home", tmp_path / "results" / "method.json"
     values = config_to_dict(RunConfig())
     values["evaluation"] |= {"protocols": [], "baselines": ["stage1"]}
-    values["weight_distill"]["enabled"] = values["pack"]["benchmark"] = False
+    values["weight_distill"]["enabled"] = values["pack"]["benchmark"] = values["act_quant"]["enabled"] = False
     values["end_to_end"]["steps"] = 2
     configuration.write_text(json.dumps(values))
     home.mkdir()
