@@ -9,8 +9,8 @@ A **requests file** is safetensors: `contexts` and `continuations`, token ids en
 `values` (float64, summed log-likelihoods in nats) and `greedy` (uint8), one a request in the file's order. Both carry `facts`, a JSON object in
 UTF-8 bytes, with a CRC-32 of every tensor in it. A scores file names the sha256 of the requests file that it answers.
 
-The tokenizer is identified by what it does, not by how a library version writes it down: its vocabulary, its special tokens and
-the ids of a probe text.
+The tokenizer is identified by what it does, not by how a library version writes it down (transformers 5.17 and 5.23 read another end token
+out of one GGUF file, which no request holds): its vocabulary, its first token and the ids of a probe text.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ class Scores:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 (hex) of a tokenizer's vocabulary, special tokens and of how it cuts the probe text."""
+    """sha256 (hex) of what decides the ids of a request: vocabulary, the token that stands for an empty context, the cut of the probe text."""
     ids = tokenizer.encode(PROBE, add_special_tokens=False)
-    facts = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id, ids]
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    facts = [sorted(tokenizer.get_vocab().items()), prefix, ids]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Lowercase
 
 from lbllm_core.config import RunConfig, config_to_dict
 from lbllm_core.engine.ledger import Ledger
@@ -120,7 +122,7 @@ def test_scores_lie_whole_and_are_reused(requests: Path, teacher_scores: Path, m
     assert torch.equal(again.values, read_scores(teacher_scores, asked).values)
 
 
-def test_another_tokenizer_is_refused(requests: Path, models_home: Path, tiny_teacher, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(requests: Path, models_home: Path, tmp_path: Path) -> None:
     asked = read_requests(requests)
     other = dataclasses.replace(asked, facts={**asked.facts, "tokenizer": "0" * 64})
     with pytest.raises(DataError, match="tokenizer of tiny"):
@@ -129,8 +131,16 @@ def test_another_tokenizer_is_refused(requests: Path, models_home: Path, tiny_te
         offline_tasks.tokenizer_of(other, models_home)
     with pytest.raises(DataError, match="add_bos"):
         offline_tasks.tokenizer_of(dataclasses.replace(asked, facts={**asked.facts, "add_bos": True}), models_home)
-    grown = type(tiny_teacher.tokenizer)(tokenizer_object=tiny_teacher.tokenizer.backend_tokenizer)
-    assert tokenizer_digest(grown) != tokenizer_digest(tiny_teacher.tokenizer), "special tokens count"
+
+
+def test_what_tells_tokenizers_apart(tiny_teacher) -> None:
+    same = copy.deepcopy(tiny_teacher.tokenizer)
+    assert tokenizer_digest(same) == tokenizer_digest(tiny_teacher.tokenizer)
+    same.add_tokens(["Question"])
+    assert tokenizer_digest(same) != tokenizer_digest(tiny_teacher.tokenizer), "a token more"
+    lower = copy.deepcopy(tiny_teacher.tokenizer)
+    lower.backend_tokenizer.normalizer = Lowercase()
+    assert tokenizer_digest(lower) != tokenizer_digest(tiny_teacher.tokenizer), "the same vocabulary, other cuts"
 
 
 def without_last(asked: Requests, scores: Scores) -> tuple[Requests, Scores]:
