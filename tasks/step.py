@@ -86,7 +86,7 @@ class Step:
         began = time.monotonic()
         state = prefect_task(config_to_dict(run.config), upstream, str(run.home), return_state=True)
         handle = _handle_of(cast("State[Any]", state))
-        row = "teacher" if self.name == "evaluate_teacher" else run.row
+        row = "teacher" if self.name == "evaluate_teacher" or (self.name == "score_requests" and not upstream) else run.row
         minutes = max(read_seconds(handle.folder(run.home)), 0.0 if handle.reused else time.monotonic() - began) / 60
         done = pipeline.Finished(row, handle, minutes)
         run.finished.append(done)
