@@ -59,7 +59,7 @@ class Decoder:
             if getattr(self.config, name, None) not in (None, 1):
                 raise ModelError(f"{_kind(model)} has `{name}`, a step outside of its blocks that would be lost: only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
         self.base: Any = base
-        self.blocks: list[nn.Module] = list(base.layers)
+        self.blocks: Sequence[nn.Module] = list(base.layers)
         head = model.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
             raise ModelError(f"{_kind(model)} has no linear output head")
@@ -69,9 +69,14 @@ class Decoder:
         for index, block in enumerate(self.blocks):
             _check_block(block, f"{_kind(model)} block {index}")
 
+    @property
+    def width(self) -> int:
+        """Channels of a hidden state."""
+        return int(self.config.hidden_size)
+
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids `(batch, tokens)` -> hidden states `(batch, tokens, hidden)`."""
-        hidden: Tensor = self.base.embed_tokens(ids)
+        """Token ids `(batch, tokens)` -> hidden states `(batch, tokens, hidden)`, where the embedding lies."""
+        hidden: Tensor = self.base.embed_tokens(ids.to(self.base.embed_tokens.weight.device))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _site_inputs(job: BlockJob, block: nn.Module) -> dict[str, Tensor]:
 
         handles.append(block.get_submodule(linears_of_site(site)[0]).register_forward_pre_hook(collect))
     try:
-        job.run(block, job.inputs[:sequences])
+        job.run(block, job.inputs[slice(0, sequences)])
     finally:
         for handle in handles:
             handle.remove()

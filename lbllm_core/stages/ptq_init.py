@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_core.config import PtqInitConfig, SchemeConfig
-from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob
+from lbllm_core.engine.block_sweep import BlockJob, passes
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.blocks import NORMS, SITE_OF, SITES, linears_of, linears_of_site
 from lbllm_core.model.smoothing import SiteStatistics, smooth
@@ -66,10 +66,9 @@ def collect_statistics(job: BlockJob) -> dict[str, SiteStatistics]:
     first = {site: linears_of_site(site)[0] for site in SITES}
     handles = [job.teacher_block.get_submodule(path).register_forward_pre_hook(hook(site)) for site, path in first.items()]
     try:
-        batch = max(1, TOKENS_A_PASS // job.inputs.shape[1])
-        for i in range(0, len(job.inputs), batch):
-            job.run(job.teacher_block, job.inputs[i : i + batch])
-            tokens += job.inputs[i : i + batch].shape[:2].numel()
+        for hidden in job.inputs.batches(passes(job.inputs)):
+            job.run(job.teacher_block, hidden)
+            tokens += hidden.shape[:2].numel()
     finally:
         for handle in handles:
             handle.remove()
