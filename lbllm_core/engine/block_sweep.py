@@ -25,6 +25,7 @@ from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.hidden_states import At, HiddenStates, StorePlan, single
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import Progress, Report
+from lbllm_core.model import fused_block
 from lbllm_core.model.blocks import Decoder
 from lbllm_core.model.student import BlockState, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
@@ -47,6 +48,8 @@ class BlockJob:
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """A block on a batch of hidden states, in the compute type; the result is float32."""
         with self.hardware.autocast():
+            if fused_block.suits(block, self.surroundings, self.hardware):
+                return fused_block.run(block, hidden, self.surroundings, self.hardware.compute_dtype)
             return self.decoder.run_block(block, hidden, self.surroundings, self.index).float()
 
 

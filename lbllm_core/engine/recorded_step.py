@@ -68,17 +68,26 @@ class RecordedStep:
         self.buffers = tuple(x.clone() for x in inputs)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._plain(self.buffers)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.empty_cache()  # the graph allocates from a pool of its own
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = self._plain(self.buffers)
-        with torch.no_grad():
-            for p, before in zip(self.parameters, kept, strict=True):
-                p.copy_(before)
-            for parameter, state in self.optimizer.state.items():
-                for name, moment in state.items():
-                    moment.copy_(moments[parameter][name]) if parameter in moments else moment.zero_()
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._plain(self.buffers)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.empty_cache()  # the graph allocates from a pool of its own
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss = self._plain(self.buffers)
+        finally:  # also when the device ran out of memory half-way
+            with torch.no_grad():
+                for p, before in zip(self.parameters, kept, strict=True):
+                    p.copy_(before)
+                for parameter, state in self.optimizer.state.items():
+                    for name, moment in state.items():
+                        moment.copy_(moments[parameter][name]) if parameter in moments else moment.zero_()
+
+    def forget(self) -> None:
+        """After an out-of-memory: the recorded graph and the gradients of the broken step go; parameters and moments stay."""
+        self.graph, self.buffers, self.loss = None, (), None
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.on_gpu:
+            torch.cuda.empty_cache()

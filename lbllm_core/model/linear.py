@@ -273,6 +273,11 @@ class QuantLinear(nn.Module):
         self.held: Tensor | None = None  # the weight of this step, where somebody computed it once for several passes
         self.register_buffer("bias", bias)
 
+    def numel(self) -> int:
+        """How many weights it has."""
+        view = self.weight_view
+        return (view.codes if isinstance(view, FrozenWeight) else view.latent).numel()
+
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., in)` -> `(..., out)`."""
         bias: Tensor | None = self.bias  # type: ignore[assignment]
