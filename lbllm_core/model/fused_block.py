@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.model.blocks import NORMS, SITE_OF
 
+SILU = ("SiLU", "SiLUActivation")  # torch's and transformers'
 LARGE = 1 << 25  # weights of a block from which passes over memory, not launches, are what costs
 
 
@@ -55,7 +56,7 @@ def plain(block: nn.Module, surroundings: dict[str, Any]) -> bool:
     """Whether a block has the parts that `run` knows, frozen norms, and a 16-bit cache."""
     parts: Any = block
     norms = [_norm(parts, name)[0] for name in NORMS]
-    known = all(hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad for norm in norms) and isinstance(parts.mlp.act_fn, nn.SiLU)
+    known = all(hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad for norm in norms) and type(parts.mlp.act_fn).__name__ in SILU
     whole = all(mask is None for mask in surroundings["masks"].values())
     return known and whole and getattr(parts.self_attn, "kv_bits", 16) == 16 and hasattr(parts.self_attn, "scaling")
 
