@@ -118,3 +118,43 @@ def test_the_step_is_that_of_plain_autograd(mode, level_mode, rates, polarize, c
         assert float((a - b).abs().max()) < 2e-4, name
     codes = [read_state(block, start).linears for block in blocks]
     assert sum(int((codes[0][p].codes != codes[1][p].codes).sum()) for p in codes[0]) <= 3
+
+
+AHEAD = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lbllm_kernels import triton_training as t
+types = dict.fromkeys(("grad", "delta", "gate", "up", "to_gate", "to_up", "to_delta", "out"), "*bf16") | {"x": "*fp32", "source": "*fp32"}
+types |= dict.fromkeys(("groups", "total", "tokens"), "i32")
+types |= dict.fromkeys(("weight", "rate", "rate_bitmap", "correction1", "correction2", "eps", "sign"), "fp32")
+adam = dict(BETA1=0.9, BETA2=0.95, EPS=1e-8)
+cases = [(t._quantized_weight, dict(G=128, ROWS=16, MODE=mode), {"source": "*u8"} if mode == 1 else {}) for mode in (0, 1, 2)]
+cases += [(t._gradient_sums, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2), {"source": "*u8"} if mode == 1 else {}) for mode in (0, 1, 2)]
+cases += [(t._adamw, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2, **adam), {}) for mode in (0, 2)]
+norm = {"weight": "*fp32"}
+cases += [(t._norm_forward, dict(WIDTH=4096, BLOCK=4096, ADD=add), norm) for add in (False, True)]
+cases += [(t._norm_backward, dict(WIDTH=8192, BLOCK=8192, ADD=add), norm) for add in (False, True)]
+cases += [(t._rotated, dict(HEADS=32, HALF=64, ROUND_HEADS=32, ROUND_HALF=64), {"x": "*bf16"})]
+cases += [(t._gate_forward, dict(BLOCK=2048), {}), (t._gate_backward, dict(BLOCK=2048), {})]
+for kernel, constants, special in cases:
+    kinds = {a: "constexpr" if a in constants else (types | special).get(a, "*fp32") for a in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens")}
+    warps = 16 if constants.get("BLOCK", 0) > 4096 else 4
+    made = triton.compile(ASTSource(kernel, kinds, constants, aligned), target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
+    assert len(made.asm["cubin"]) > 1000
+    assert ".local" not in made.asm["ptx"], (kernel.__name__, constants)
+    assert "ld.global.v4" in made.asm["ptx"] or "ld.global.L1" in made.asm["ptx"] or ".v4.b32" in made.asm["ptx"], (kernel.__name__, constants)
+print("compiled", len(cases))
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_ahead_of_time(capability, tmp_path):
+    """Without a GPU: every kernel compiles, loads sixteen bytes a thread, and spills nothing to local memory."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", AHEAD, str(capability)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("compiled ")
