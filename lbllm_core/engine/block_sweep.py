@@ -26,7 +26,7 @@ from lbllm_core.engine.hidden_states import At, HiddenStates, StorePlan, single
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import Progress, Report
 from lbllm_core.model import fused_block
-from lbllm_core.model.blocks import Decoder
+from lbllm_core.model.blocks import SITE_OF, Decoder
 from lbllm_core.model.student import BlockState, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
 
@@ -92,6 +92,16 @@ def relative_error(student: HiddenStates, target: HiddenStates) -> float:
     return float(error / energy)
 
 
+def in_compute_type(block: nn.Module, hardware: Hardware) -> nn.Module:
+    """On a GPU, a block's linears as autocast would cast them in every pass: the same numbers, cast once. In place."""
+    if hardware.device.type == "cuda" and hardware.compute_dtype != torch.float32:
+        for path in SITE_OF:
+            module: Any = block.get_submodule(path)
+            linear = module[1] if isinstance(module, nn.Sequential) else module
+            linear.weight.data = linear.weight.data.to(hardware.compute_dtype)
+    return block
+
+
 def sweep(
     decoder: Decoder, ids: Tensor, work: Work, plan: SweepPlan, ledger: Ledger, hardware: Hardware, report: Report, store: StorePlan | None = None
 ) -> list[dict[str, float]]:
@@ -107,6 +117,8 @@ def sweep(
         around = decoder.surroundings(student[slice(0, 1)])
         for index in range(total):
             block = decoder.blocks[index]
+            if decoder.streamed and plan.needs_target:  # it is ours alone, and only passes are made through it
+                block = in_compute_type(block, hardware)
             job = BlockJob(index, block, student, None, decoder, around, hardware)
             if teacher is not None and not (plan.target_on_student_stream and index < done):
                 advance(job, block, student if plan.target_on_student_stream else teacher, teacher)
@@ -116,7 +128,7 @@ def sweep(
                 figures = ledger.figures(index)
             else:
                 state, figures = work(job)
-            advance(job, build_block(block, state, "fixed", plan.kv_bits), student, student)
+            advance(job, in_compute_type(build_block(block, state, "fixed", plan.kv_bits), hardware), student, student)
             if index >= done:
                 if job.target is not None:
                     figures["block_rel_mse"] = relative_error(student, job.target)

@@ -45,7 +45,9 @@ def linears_of_site(site: str) -> tuple[str, ...]:
 
 
 class Decoder:
-    """A view of a transformers causal language model; holds no weights of its own."""
+    """A view of a transformers causal language model; holds no weights of its own. `streamed`: each block is read anew when it is asked for."""
+
+    streamed = False
 
     def __init__(self, model: nn.Module):
         """Raises ModelError naming what is not supported."""

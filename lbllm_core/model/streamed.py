@@ -114,6 +114,8 @@ def _shared(block: nn.Module) -> dict[int, Any]:
 class StreamedDecoder(Decoder):
     """A Decoder over a model folder, without head and last norm; for sweeps. Raises ModelError as `load_teacher` does."""
 
+    streamed = True
+
     def __init__(self, folder: Path, device: torch.device, blocks: int = 0):
         """blocks: only the first so many (0: all)."""
         from transformers import AutoModelForCausalLM

@@ -58,10 +58,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal = h.diagonal()
     dead = diagonal <= 0
     mean = diagonal.mean().clamp_min(1e-12)
-    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
     for factor in (1.0, 10.0, 100.0, 1000.0):
-        damped = h + eye * (damping * factor * mean) + torch.diag(dead.double() * mean)
+        damped = h.clone()  # 11008 channels are a gigabyte: no matrix more than needed
+        damped.diagonal().add_(damping * factor * mean).add_(dead.double() * mean)
         chol, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if info.item() == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol), upper=True)
             if info.item() == 0 and bool(torch.isfinite(upper).all()):
