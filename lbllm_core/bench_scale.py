@@ -8,7 +8,8 @@ code as a run: streamed from safetensors files on disk, hidden states in pinned 
             counts 8 % of work that is not done on a 7B block.) `step70b` is the same for a 70B-shaped block.
     sweep   stages 1, 2 and 3 over `--blocks` blocks at `--sequences` x 2048 tokens: seconds a block with reading, passes, copies and
             writing, peak memory, growth of host memory from block to block, and the projection to the paper's budget:
-            8192 sequences, two epochs of stage 2, one of stage 3, 32 blocks. Fixed costs a block are scaled along, so it errs on the long side.
+            8192 sequences, two epochs of stage 2, one of stage 3, 32 blocks. Costs a block that do not grow with tokens (reading and writing
+            weights, building the student) are measured with `FEW` sequences: seconds = fixed + slope x tokens.
     linear  stage 2 of one block at half of the tokens
     store   what bf16 and fp8 do to hidden states, and to the output of a block that reads them
     gpus    (with two GPUs) two processes, each its own block, and both on one block
@@ -62,6 +63,7 @@ from lbllm_core.stages.weight_distill import distill_block, learning_rates
 PEAK = 989e12  # operations a second of an H100's bf16 matrix units, dense
 BUDGET = 8192 * 2048  # the paper's tokens
 MODEL_BLOCKS = 32
+FEW = 4  # sequences of the run that shows what a block costs without tokens
 SHAPES: Any = MappingProxyType({
     "llama2_7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
     "llama2_70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000},
@@ -160,8 +162,12 @@ def reset_peak(hardware: Hardware) -> None:
 
 
 def peak_gb(hardware: Hardware) -> float:
-    """Most memory that the allocator held of the device since `reset_peak` (10^9 bytes); without a GPU 0."""
-    return torch.cuda.max_memory_reserved() / 1e9 if hardware.device.type == "cuda" else 0.0
+    """Most memory of the device in use since `reset_peak` (10^9 bytes): what the allocator held, and context and libraries; without a GPU 0."""
+    if hardware.device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    outside = total - free - torch.cuda.memory_reserved()
+    return (torch.cuda.max_memory_reserved() + outside) / 1e9
 
 
 def host_gb() -> float:
@@ -182,7 +188,7 @@ def trained_block(bench: Bench, shape: str, parameterization: str, batch: int) -
     mode: Mode = "nearest" if parameterization == "nearest" else "latent_soft"
     block = build_block(teacher, state, mode)
     for linear in linears_of(teacher).values():
-        linear.weight.data = torch.empty(0)  # a sweep would not hold it in float32 either
+        linear.weight.data = linear.weight.data.new_empty(0)  # a sweep would not hold it in float32 either
     hidden = torch.randn(batch, bench.tokens, decoder.width, device=bench.hardware.device)
     around = decoder.surroundings(hidden[:1])
     job = BlockJob(0, teacher, HiddenStates.of(hidden), HiddenStates.of(hidden * 1.1), decoder, around, bench.hardware)
@@ -295,27 +301,27 @@ def sweep_section(bench: Bench) -> list[Record]:
     about = {"shape": bench.shape, "gpus": 1, "tier": bench.tier, "dtype": bench.dtype, "blocks": bench.blocks}
     hours = 0.0
     start: Path | None = None
-    host: list[float] = []
     for stage, sequences in (("ptq_init", bench.calibration), ("weight_distill", bench.sequences), ("act_quant", bench.sequences)):
         folder = bench.scratch / stage
         watch = swept(bench, stage, sequences, start, folder)
-        start, whole = folder, watch.whole()
-        host += watch.host
-        tokens = sequences * bench.tokens
+        memory = peak_gb(bench.hardware)
+        tokens, whole, name = sequences * bench.tokens, watch.whole(), "stage1_s" if stage == "ptq_init" else "block_s"
         context = about | {"stage": stage, "tokens": tokens}
-        seconds = statistics.mean(whole)
-        name, scale = ("stage1_s", 1.0) if stage == "ptq_init" else ("block_s", BUDGET / tokens)
+        seconds = projected = statistics.mean(whole)
+        if stage != "ptq_init":
+            fixed = swept(bench, stage, FEW, start, bench.scratch / "few", 1).whole()[0]
+            projected = fixed + (seconds - fixed) / (sequences - FEW) * (BUDGET / bench.tokens - FEW)
+            made.append({"name": "fixed_s", "value": fixed, "unit": "s a block", "of": f"{FEW} sequences: reading, building, writing", **context})
+            rate = (2 if stage == "weight_distill" else 1) * tokens / statistics.mean(watch.work)
+            made.append({"name": {"weight_distill": "stage2_tok_s", "act_quant": "stage3_tok_s"}[stage], "value": rate, "unit": "tokens/s", "of": "sweep", **context})
         made += [
             {"name": name, "value": seconds, "unit": "s a block", "of": "all: reading, passes, training, error, writing", **context},
-            {"name": "work_s", "value": statistics.mean(watch.work), "unit": "s a block", "of": "statistics and quantization" if stage == "ptq_init" else "training, with its batches copied from the host", **context},
+            {"name": "work_s", "value": statistics.mean(watch.work), "unit": "s a block", "of": "statistics and quantization" if stage == "ptq_init" else "training, with its batches copied from the store", **context},
             {"name": "slowest_block_s", "value": max(whole), "unit": "s", **context},
-            {"name": "peak_gb", "value": peak_gb(bench.hardware), "unit": "GB", "of": "sweep", **context},
+            {"name": "peak_gb", "value": memory, "unit": "GB", "of": "sweep", **context},
             {"name": "host_growth_gb", "value": (watch.host[-1] - watch.host[0]) / max(len(watch.host) - 1, 1), "unit": "GB a block", **context},
         ]
-        if stage != "ptq_init":
-            epochs = 2 if stage == "weight_distill" else 1
-            made.append({"name": {"weight_distill": "stage2_tok_s", "act_quant": "stage3_tok_s"}[stage], "value": epochs * tokens / statistics.mean(watch.work), "unit": "tokens/s", "of": "sweep", **context})
-        share = MODEL_BLOCKS * seconds * scale / 3600
+        start, share = folder, MODEL_BLOCKS * projected / 3600
         hours += share
         made.append({"name": "projected_hours", "value": share, "unit": "h", "budget_tokens": BUDGET, **context})
     made.append({"name": "projected_hours", "value": hours, "unit": "h", "stage": "all", "budget_tokens": BUDGET, "tokens": bench.sequences * bench.tokens, **about})

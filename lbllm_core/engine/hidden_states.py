@@ -145,7 +145,7 @@ class HiddenStates:
     def _fetch(self, at: At) -> tuple[tuple[Tensor, ...], Any]:
         """Start the copy of some sequences to the GPU, on the side stream."""
         with torch.cuda.stream(self.side):
-            parts = tuple(part.to(self.device, non_blocking=True) for part in self.backing.read(at))
+            parts = self.backing.sent(at, self.device)
             ready = torch.cuda.Event()
             ready.record(self.side)
         return parts, ready
@@ -216,9 +216,17 @@ class _InMemory:
             raise PreflightError(f"no room for a stream of hidden states of {size:.1f} GB ({plan.tier} tier): choose hardware.hidden_tier=disk, hardware.hidden_dtype=bf16 or fewer sequences ({str(error).splitlines()[0]})") from error
 
     def read(self, at: At) -> tuple[Tensor, ...]:
+        return tuple(part[at if isinstance(at, slice) else at.to(part.device)] for part in self.parts)
+
+    def sent(self, at: At, device: torch.device) -> tuple[Tensor, ...]:
+        """Start the copy of some sequences to a GPU, straight from pinned memory."""
         if isinstance(at, slice):
-            return tuple(part[at] for part in self.parts)
-        return tuple(_rows(part, at) for part in self.parts)
+            return tuple(part[at].to(device, non_blocking=True) for part in self.parts)
+        made = tuple(torch.empty((len(at), *part.shape[1:]), dtype=part.dtype, device=device) for part in self.parts)
+        for k, i in enumerate(at.tolist()):
+            for part, room in zip(self.parts, made, strict=True):
+                room[k].copy_(part[i], non_blocking=True)
+        return made
 
     def write(self, at: int, parts: Sequence[Tensor]) -> None:
         for mine, new in zip(self.parts, parts, strict=True):
@@ -229,16 +237,6 @@ class _InMemory:
 
     def close(self) -> None:
         self.parts = []
-
-
-def _rows(part: Tensor, at: Tensor) -> Tensor:
-    """Some sequences of a tensor; from pinned memory into pinned memory, so that the copy to a GPU need not wait."""
-    if not part.is_pinned():
-        return part[at.to(part.device)]
-    made = torch.empty((len(at), *part.shape[1:]), dtype=part.dtype, pin_memory=True)
-    for k, i in enumerate(at.tolist()):
-        made[k].copy_(part[i])
-    return made
 
 
 class _OnDisk:
@@ -271,6 +269,9 @@ class _OnDisk:
                 part[k].view(torch.uint8).view(-1).copy_(stored)
                 offset += count * size
         return tuple(made)
+
+    def sent(self, at: At, device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(part.to(device, non_blocking=True) for part in self.read(at))
 
     def _count(self, shard: int) -> int:
         return min(self.each, self.sequences - shard * self.each)

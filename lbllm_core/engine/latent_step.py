@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_core.engine.hardware import Hardware
-from lbllm_core.model.fused_block import LARGE, kernels, weights_of
+from lbllm_core.fused import kernels
+from lbllm_core.model.fused_block import LARGE, weights_of
 from lbllm_core.model.linear import FrozenWeight, LatentBitmapWeight, NearestWeight, QuantLinear
 from lbllm_core.model.student_block import quant_linears
 

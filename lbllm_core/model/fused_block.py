@@ -10,28 +10,17 @@ are exactly these are taken (`suits`); everything else runs as transformers wrot
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lbllm_core.engine.hardware import Hardware
+from lbllm_core.fused import kernels
 from lbllm_core.model.blocks import NORMS, SITE_OF
 
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers'
 LARGE = 1 << 25  # weights of a block from which passes over memory, not launches, are what costs
-
-
-@functools.cache
-def kernels() -> Any:
-    """The Triton kernels, or None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from lbllm_kernels import triton_training
-
-    return triton_training
 
 
 def weights_of(block: nn.Module) -> int:

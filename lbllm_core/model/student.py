@@ -35,7 +35,7 @@ def state_tensors(state: BlockState) -> dict[str, Tensor]:
     """The tensors of a block file by name (contiguous, on the CPU)."""
     made: dict[str, Tensor] = {}
     for path, q in state.linears.items():
-        made[f"{path}.codes"] = pack_codes(q.codes.cpu())
+        made[f"{path}.codes"] = pack_codes(q.codes)
         made[f"{path}.row_scale"] = q.row_scale.float()
         if q.levels is not None:
             made[f"{path}.levels"] = q.levels.float()

@@ -26,6 +26,9 @@ from lbllm_kernels import cpu
 from lbllm_kernels.activation import SMALLEST_SCALE, ActFactors
 from torch import Tensor, nn
 
+from lbllm_core.fused import kernels
+
+FUSED_FROM = 2048  # channels
 LOW, CORE, HIGH = 4, 8, 4  # codes in the lower tail, the core and the upper tail of `piecewise`
 
 
@@ -122,8 +125,41 @@ class _Quantized(torch.autograd.Function):
         return tuple(made)
 
 
+class _FusedQuantized(torch.autograd.Function):
+    """The same in one kernel each way, for a GPU: tokens `(n, channels)` of any float type, whose forward values are bit-equal."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str) -> Tensor:
+        ctx.steps = 15 if variant == "uniform" else 127
+        made, about = kernels().fake_quantized(x.contiguous(), (clip_max, clip_min, knee_low, knee_high), ctx.steps)
+        ctx.save_for_backward(x, about, clip_max, clip_min, knee_low, knee_high)
+        return made  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, about, clip_max, clip_min, knee_low, knee_high = ctx.saved_tensors
+        to_x, sums = kernels().fake_quantized_backward(x.contiguous(), grad.contiguous(), about, (knee_low, knee_high), ctx.steps)
+        made: list[Tensor | None] = [to_x if ctx.needs_input_grad[0] else None, None, None, None, None, None]
+        if any(ctx.needs_input_grad[1:3]):
+            with torch.enable_grad():  # s and z as functions of the clips; a token's largest and smallest value are all they need of it
+                clips = [v.detach().requires_grad_() for v in (clip_max, clip_min)]
+                s, z = _scale_and_zero(about[:, 2:4], clips[0], clips[1], ctx.steps)
+                made[1:3] = torch.autograd.grad([s, z], clips, [sums[:, 0:1].contiguous(), sums[:, 1:2].contiguous()])
+        if any(ctx.needs_input_grad[3:5]) and ctx.steps == 127:
+            made[3:5] = sums[:, 2].sum(), sums[:, 3].sum()
+        return tuple(made)
+
+
+def _fused(x: Tensor, variant: str) -> bool:
+    """Whether one kernel makes these: wide tokens on a GPU, where passes over memory are what costs."""
+    return x.is_cuda and variant in ("uniform", "piecewise") and FUSED_FROM <= x.shape[-1] <= 32768 and kernels() is not None
+
+
 def fake_quantize(x: Tensor, variant: str, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, group_size: int = 0) -> Tensor:
     """`X_hat` for activations `(..., channels)` of any float type; computed in float32, returned in x's type."""
+    if _fused(x, variant):
+        flat: Tensor = _FusedQuantized.apply(x.reshape(-1, x.shape[-1]), clip_max, clip_min, knee_low, knee_high, variant)  # type: ignore[no-untyped-call]
+        return flat.view(x.shape)
     wide = x.float()
     if variant in ("uniform", "piecewise"):
         tokens = wide.reshape(-1, wide.shape[-1])

@@ -120,13 +120,38 @@ def test_the_step_is_that_of_plain_autograd(mode, level_mode, rates, polarize, c
     assert sum(int((codes[0][p].codes != codes[1][p].codes).sum()) for p in codes[0]) <= 3
 
 
+@inside
+@pytest.mark.parametrize("variant", ["uniform", "piecewise"])
+@pytest.mark.parametrize("channels", [48, 64])
+def test_fused_activation_quantizer(variant, channels, monkeypatch):
+    from lbllm_core.quant import activation
+
+    torch.manual_seed(3)
+    x = torch.randn(2, 9, channels) * torch.exp(torch.randn(channels))
+    x[0, 0] = 0.0
+    x[0, 1] = x[0, 1].abs()
+    x[1, 2] = -x[1, 2].abs()
+    upstream, found = torch.randn_like(x), []
+    for fused in (False, True):
+        monkeypatch.setattr(activation, "_fused", lambda *_, answer=fused: answer)
+        mine = x.clone().requires_grad_()
+        factors = [torch.tensor(v).requires_grad_() for v in (0.83, 0.9, 0.21, 0.3)]
+        out = activation.fake_quantize(mine, variant, *factors)
+        out.backward(upstream)
+        found.append((out, mine.grad, *(f.grad for f in factors)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    for plain, fused in zip(found[0][2:4] if variant == "uniform" else found[0][2:], found[1][2:], strict=False):
+        assert float(fused) == pytest.approx(float(plain), rel=1e-4, abs=1e-4)
+
+
 AHEAD = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lbllm_kernels import triton_training as t
 types = dict.fromkeys(("grad", "delta", "gate", "up", "to_gate", "to_up", "to_delta", "out"), "*bf16") | {"x": "*fp32", "source": "*fp32"}
-types |= dict.fromkeys(("groups", "total", "tokens"), "i32")
+types |= dict.fromkeys(("groups", "total", "tokens", "channels"), "i32")
 types |= dict.fromkeys(("weight", "rate", "rate_bitmap", "correction1", "correction2", "eps", "sign"), "fp32")
 adam = dict(BETA1=0.9, BETA2=0.95, EPS=1e-8)
 cases = [(t._quantized_weight, dict(G=128, ROWS=16, MODE=mode), {"source": "*u8"} if mode == 1 else {}) for mode in (0, 1, 2)]
@@ -137,9 +162,11 @@ cases += [(t._norm_forward, dict(WIDTH=4096, BLOCK=4096, ADD=add), norm) for add
 cases += [(t._norm_backward, dict(WIDTH=8192, BLOCK=8192, ADD=add), norm) for add in (False, True)]
 cases += [(t._rotated, dict(HEADS=32, HALF=64, ROUND_HEADS=32, ROUND_HALF=64), {"x": "*bf16"})]
 cases += [(t._gate_forward, dict(BLOCK=2048), {}), (t._gate_backward, dict(BLOCK=2048), {})]
+quant = {"x": "*bf16", "to_x": "*bf16", "smallest": "fp32", "channels": "i32"}
+cases += [(k, dict(TOP=top, BLOCK=block), quant) for k in (t._fake_quantized, t._fake_quantized_backward) for top, block in ((15, 4096), (127, 16384))]
 for kernel, constants, special in cases:
     kinds = {a: "constexpr" if a in constants else (types | special).get(a, "*fp32") for a in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens", "channels")}
     warps = 16 if constants.get("BLOCK", 0) > 4096 else 4
     made = triton.compile(ASTSource(kernel, kinds, constants, aligned), target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
     assert len(made.asm["cubin"]) > 1000
