@@ -275,7 +275,7 @@ def swept(bench: Bench, stage: str, sequences: int, start: Path | None, folder: 
     decoder = bench.decoder()
     if blocks:
         decoder.blocks = [decoder.blocks[i] for i in range(blocks)]
-        decoder.streamed = False  # type: ignore[misc]
+        decoder.streamed = False
     scheme, seed = bench.scheme, 0
     watch = Watch([], [], [], bench.hardware)
     plan = SweepPlan(stage, stage != "ptq_init", variant=scheme.act_variant if stage == "act_quant" else "none", kv_bits=16)

@@ -205,6 +205,9 @@ class HardwareConfig:
     device: str = choice("auto", "cpu", "cuda", help="auto: cuda when there is one")
     compute_dtype: str = choice("auto", "fp32", "bf16", help="matrix products of training; auto: bf16 on a GPU or a CPU with bf16 matrix units, else fp32")
     threads: int = number(0, 0, 1024, help="CPU threads (0: as torch chooses)")
+    streaming: str = choice("auto", "on", "off", help="stages 1 to 3 read the teacher from disk one block at a time, so that no model is whole in memory; auto: on a GPU whose memory the teacher in float32 would half fill")
+    hidden_tier: str = choice("auto", "device", "host", "disk", help="where hidden states lie; auto: the first that has room for both streams")
+    hidden_dtype: str = choice("fp32", "bf16", "fp8", help="how hidden states are kept between blocks (fp8: e4m3 with a scale a token); bf16 and fp8 change results a little, and so the steps' keys")
     preflight: str = choice("refuse", "warn", "off", help="when the estimate before a run says that it cannot fit: refuse it, only say so, or make no estimate")
 
 

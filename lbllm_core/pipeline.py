@@ -61,7 +61,8 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
     }
 )
 AFTER = MappingProxyType({"stage1": "ptq_init", "stage2": "weight_distill", "stage3": "act_quant"})  # rows that are the model after a stage
-STAGES = ("ptq_init", "weight_distill", "act_quant", "end_to_end")  # the steps that hand a student on
+SWEEPS = ("ptq_init", "weight_distill", "act_quant")  # stages that go through the model block by block
+STAGES = (*SWEEPS, "end_to_end")  # the steps that hand a student on
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
     from lbllm_core.model.store import file_digest
 
     found = resolve(config.hardware).describe() | {"model weights": weights or teacher_digest(config.model, home)}
+    if spec.name in SWEEPS and config.hardware.hidden_dtype != "fp32":
+        found["hidden states"] = config.hardware.hidden_dtype
     if any(name.startswith("dataset.") for name in spec.fields):
         found["calibration text"] = generated_digest(config, home) if config.dataset.source == "self_generated" else data_digest(config.dataset)
     if "evaluation.protocols" in spec.fields:

@@ -43,15 +43,21 @@ SCORES = "scores.safetensors"
 class _Bench:
     """What every stage needs on its table: the teacher on the device, tokens, hardware."""
 
-    def __init__(self, config: RunConfig, home: Path, sequences: int):
+    def __init__(self, config: RunConfig, home: Path, sequences: int, sweep: bool = True):
+        """sweep: the stage goes block by block, so the teacher may be streamed."""
         from lbllm_core.data.tokens import calibration_tokens
+        from lbllm_core.engine.tiers import choose_streaming
         from lbllm_core.model.load import load_teacher
+        from lbllm_core.model.streamed import load_streamed
 
         self.hardware: Hardware = resolve(config.hardware)
-        teacher = load_teacher(config.model, home)
-        self.ids: Tensor = calibration_tokens(config, teacher.tokenizer, home)[:sequences].to(self.hardware.device)
-        self.decoder = Decoder(teacher.model.to(self.hardware.device).requires_grad_(False))
-        self.tokenizer = teacher.tokenizer
+        self.decoder: Decoder
+        if sweep and choose_streaming(config, self.hardware, home):
+            self.decoder, self.tokenizer = load_streamed(config.model, home, self.hardware.device)
+        else:
+            teacher = load_teacher(config.model, home)
+            self.decoder, self.tokenizer = Decoder(teacher.model.to(self.hardware.device).requires_grad_(False)), teacher.tokenizer
+        self.ids: Tensor = calibration_tokens(config, self.tokenizer, home)[:sequences].to(self.hardware.device)
 
 
 def ptq_init(context: StepContext) -> Metrics:
@@ -98,7 +104,7 @@ def end_to_end(context: StepContext) -> Metrics:
     from lbllm_core.stages.end_to_end import Refinement, refine
 
     c = context.config
-    bench = _Bench(c, context.home, c.dataset.sequences)
+    bench = _Bench(c, context.home, c.dataset.sequences, sweep=False)
     variant, act_group = activation_format(c)
     start = (load_block(context.inputs["student"], i, variant, act_group) for i in range(len(bench.decoder.blocks)))
     refinement = Refinement(bench.decoder, c.end_to_end, c.scheme, bench.hardware, c.seed)
@@ -231,7 +237,10 @@ def activation_format(c: RunConfig) -> tuple[str, int]:
 
 
 def _sweep(bench: _Bench, work: Work, plan: SweepPlan, context: StepContext) -> list[dict[str, float]]:
-    return sweep(bench.decoder, bench.ids, work, plan, Ledger(context.folder), bench.hardware, context.report)
+    from lbllm_core.engine.tiers import store_plan
+
+    store = store_plan(context.config, bench.hardware, context.home, (*bench.ids.shape, bench.decoder.width), bench.decoder.streamed)
+    return sweep(bench.decoder, bench.ids, work, plan, Ledger(context.folder), bench.hardware, context.report, store)
 
 
 def _block_metrics(section: str, figures: list[dict[str, float]], context: StepContext) -> Metrics:

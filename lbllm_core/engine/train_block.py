@@ -140,7 +140,8 @@ class MicroBatches:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
         total = torch.zeros((), device=inputs.device)
-        for mine, theirs in zip(inputs.split(self.size), target.split(self.size), strict=True):
+        for at in range(0, len(inputs), self.size):
+            mine, theirs = inputs[at : at + self.size], target[at : at + self.size]
             loss = block_loss(self.job.run(self.block, mine), theirs, self.energy) * (len(mine) / len(inputs))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

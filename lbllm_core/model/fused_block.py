@@ -66,7 +66,8 @@ def run(block: nn.Module, hidden: Tensor, surroundings: dict[str, Any], dtype: t
     norm, after = _norm(parts, NORMS[1])
     hidden, x = _AddNorm.apply(hidden, delta, norm.weight, norm.variance_epsilon, dtype)  # type: ignore[no-untyped-call]
     x = after(x)
-    return hidden + mlp.down_proj(_Gated.apply(mlp.gate_proj(x), mlp.up_proj(x)))  # type: ignore[no-untyped-call]
+    made: Tensor = hidden + mlp.down_proj(_Gated.apply(mlp.gate_proj(x), mlp.up_proj(x)))  # type: ignore[no-untyped-call]
+    return made
 
 
 def _norm(block: Any, name: str) -> tuple[Any, Any]:

@@ -21,9 +21,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from lbllm_core.config import ModelConfig
 from lbllm_core.errors import ModelError
 from lbllm_core.model.blocks import Decoder
-from lbllm_core.model.load import read_config, require_safetensors
+from lbllm_core.model.load import load_tokenizer, quiet, read_config, require_safetensors, teacher_folder
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
@@ -135,3 +136,13 @@ class StreamedDecoder(Decoder):
             (stored,) = self.weights.read("", [EMBEDDING]).values()
             self.base.embed_tokens.weight = nn.Parameter(stored, requires_grad=False)
         return super().embed(ids).float()
+
+
+def load_streamed(config: ModelConfig, home: Path, device: torch.device) -> tuple[StreamedDecoder, Any]:
+    """The decoder of a configuration's model, streamed, and its tokenizer. Raises ModelError as `load_teacher` does."""
+    folder = teacher_folder(config, home)
+    with quiet():
+        decoder = StreamedDecoder(folder, device, config.blocks)
+        tokenizer = load_tokenizer(folder, decoder.base.embed_tokens.weight.shape[0])
+    tokenizer.model_max_length = min(config.context, int(decoder.config.max_position_embeddings))
+    return decoder, tokenizer

@@ -50,7 +50,7 @@ def small_job(kv_heads=2):
     config = transformers.LlamaConfig(**values, max_position_embeddings=64)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         p.copy_(torch.randn_like(p) / p.shape[1] ** 0.5 if p.dim() > 1 else 1 + 0.3 * torch.randn_like(p))
     view = Decoder(model)
     inputs = torch.randn(4, 12, 32)
