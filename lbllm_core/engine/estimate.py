@@ -22,6 +22,8 @@ one (`*_BYTES`, `*_CALLS` below) and hold as far as the speeds explain the rest.
     act_quant          4 S, 22 bytes a weight, activations of a batch twice (codes)
     end_to_end         13 bytes a weight of all blocks (29 when latent weights learn), activations of a micro-batch in all blocks, logits of a
                        piece six times
+where stages 1 to 3 stream, two blocks stand in for the teacher (`8 x linears`); where hidden states lie on the host or on disk, their
+two streams (2 S, in their number type) are counted there and a window of a few passes on the device (`engine/tiers.py`).
     pack               the teacher's fake-quantized copy, the packed model
     evaluate           logits of a forward pass
 
@@ -37,7 +39,7 @@ from types import MappingProxyType
 from lbllm_core.config import RunConfig, canonical_json, select
 from lbllm_core.engine.machine import Rates
 from lbllm_core.model.inspect import Shapes
-from lbllm_core.pipeline import PlannedStep, plan
+from lbllm_core.pipeline import SWEEPS, PlannedStep, plan
 from lbllm_core.quant.bits import linear_bits
 
 OVERHEAD = 1.35  # attention, norms and small products do not run at the speed of the probe
@@ -45,6 +47,7 @@ PROCESS_BYTES = 1_300_000_000  # Python, torch and transformers in the run's pro
 DEVICE_BYTES = 700_000_000  # a CUDA context and the allocator's slack
 PASS_TOKENS = 8192  # tokens of a forward pass over a stream
 LOGIT_ROWS = 1024
+SHARD = 1 << 27  # bytes of a shard of hidden states
 COLUMN_CALLS = 45  # small operations a column of the compensated loop
 TABLE_BYTES = 920  # fitting a table: a (group, round, entry)
 ASSIGN_BYTES = 10_500  # choosing entries: a weight
@@ -134,7 +137,9 @@ def _step(planned: PlannedStep, shapes: Shapes, rates: Rates, on_device: bool) -
     fixed = work.seconds + 4 * shapes.parameters * 3 / rates.hashing + work.hashed / rates.hashing
     seconds = OVERHEAD * (work.fp32 / rates.matmul_fp32 + work.compute / rates.matmul_compute) + work.passes / rates.traffic + work.calls * rates.call + fixed
     if on_device and work.device:
-        return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + max(work.host, 4 * shapes.parameters), DEVICE_BYTES + work.device)
+        streamed = planned.spec.name in SWEEPS and planned.config.hardware.streaming == "on"
+        host = work.host if streamed else work.host + 4 * shapes.parameters
+        return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + host, DEVICE_BYTES + work.device)
     return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + work.host + work.device, 0.0)
 
 
@@ -187,6 +192,20 @@ def _streams(c: RunConfig, s: Shapes, sequences: int) -> tuple[float, float, flo
     return tokens, 4.0 * tokens * s.hidden, tokens * s.blocks * forward(s, c.dataset.seq_len)
 
 
+def _held(c: RunConfig, s: Shapes, stream: float, copies: int) -> Work:
+    """Bytes of the teacher and of `copies` float32 streams of `stream` bytes, by where they lie; `hardware` is resolved (`engine/tiers.py`)."""
+    streamed = c.hardware.streaming == "on"
+    teacher = 8.0 * s.linears if streamed else 4.0 * s.parameters
+    width = {"fp32": 1.0, "bf16": 0.5, "fp8": 0.25}[c.hardware.hidden_dtype]
+    host = 4.0 * s.embedding if streamed else 0.0
+    if c.hardware.hidden_tier in ("auto", "device"):
+        return Work(device=teacher + copies * width * stream, host=host)
+    window = 6 * 4.0 * PASS_TOKENS * s.hidden
+    both = 2 * width * stream
+    on_host = c.hardware.hidden_tier == "host"
+    return Work(device=teacher + window, host=host + (both if on_host else 8.0 * SHARD), disk=0.0 if on_host else both)
+
+
 def _ptq_init(c: RunConfig, s: Shapes) -> Work:
     tokens, stream, passed = _streams(c, s, c.ptq_init.sequences)
     sides = (s.hidden, s.heads * s.head_dim, s.hidden, s.ffn)
@@ -200,10 +219,11 @@ def _ptq_init(c: RunConfig, s: Shapes) -> Work:
         passes = s.blocks * s.linears * EM_BYTES * (rounds if c.ptq_init.method == "em" else 1)
     calls = s.blocks * (sum(sides) * COLUMN_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
     largest = 8 * 4.0 * max(2 * s.ffn * s.hidden, s.hidden * s.heads * s.head_dim)
-    memory = 4.0 * s.parameters + 3 * stream + 4.0 * moments + 12.0 * max(sides) ** 2 + largest + activation_bytes(s, int(min(tokens, PASS_TOKENS)))
+    held = _held(c, s, stream, 3)
+    memory = held.device + 4.0 * moments + 12.0 * max(sides) ** 2 + largest + activation_bytes(s, int(min(tokens, PASS_TOKENS)))
     converted = 4.0 * s.parameters * s.converted
     disk = s.blocks * s.linears * (2.25 + _level_bytes(c)) + converted
-    return Work(fp32=fp32, compute=2 * passed, passes=passes, calls=calls, hashed=disk, seconds=LOAD_SECONDS, device=memory, disk=disk)
+    return Work(fp32=fp32, compute=2 * passed, passes=passes, calls=calls, hashed=disk, seconds=LOAD_SECONDS, host=held.host, device=memory, disk=disk + held.disk)
 
 
 def _level_bytes(c: RunConfig) -> float:
@@ -218,9 +238,10 @@ def _training(c: RunConfig, s: Shapes, sequences: int, epochs: int, batch: int, 
     passes = s.blocks * (steps * s.linears * weight_bytes + 3 * epochs * tokens * 4.0 * (24 * s.hidden + 10 * s.ffn) + quantized * tokens * epochs * sites * QUANT_BYTES)
     calls = s.blocks * (steps * STEP_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
     at_once = min(batch, sequences) * c.dataset.seq_len
-    memory = 4.0 * s.parameters + 4 * stream + activation_bytes(s, at_once) * (2 if quantized else 1)
+    held = _held(c, s, stream, 4)
+    memory = held.device + activation_bytes(s, at_once) * (2 if quantized else 1)
     disk = s.blocks * s.linears * (0.25 + _level_bytes(c))
-    return Work(compute=passed * (2 + 3 * epochs), passes=passes, calls=calls, hashed=2 * disk, seconds=LOAD_SECONDS, device=memory, disk=disk)
+    return Work(compute=passed * (2 + 3 * epochs), passes=passes, calls=calls, hashed=2 * disk, seconds=LOAD_SECONDS, host=held.host, device=memory, disk=disk + held.disk)
 
 
 def _weight_distill(c: RunConfig, s: Shapes) -> Work:

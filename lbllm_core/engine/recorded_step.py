@@ -75,7 +75,7 @@ class RecordedStep:
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.empty_cache()  # the graph allocates from a pool of its own
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # threads that fetch hidden states go on
                 self.loss = self._plain(self.buffers)
         finally:  # also when the device ran out of memory half-way
             with torch.no_grad():

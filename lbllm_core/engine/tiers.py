@@ -12,7 +12,7 @@ What a tier must deliver: in stage 2 every stored value is read about `1 + 2 x e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lbllm_core.config import RunConfig
@@ -66,6 +66,14 @@ def tiers(config: RunConfig, shapes: Shapes, hardware: Hardware, limits: machine
     if tier == "auto":
         tier = choose_tier(both, KEPT_FREE * free - block, host, KEPT_FREE * limits.disk)
     return Tiers(tier, dtype, both, both / 2 * (5 + 2 * config.weight_distill.epochs), streamed)
+
+
+def resolved(config: RunConfig, shapes: Shapes, hardware: Hardware, limits: machine.Limits) -> tuple[RunConfig, Tiers]:
+    """The configuration with `streaming` and `hidden_tier` decided for the largest sweep, and that decision. Raises PreflightError."""
+    sequences = max(config.ptq_init.sequences, config.weight_distill.sequences, config.act_quant.sequences)
+    found = tiers(config, shapes, hardware, limits, (sequences, config.dataset.seq_len, shapes.hidden))
+    decided = replace(config.hardware, streaming="on" if found.streamed else "off", hidden_tier=found.tier)
+    return replace(config, hardware=decided), found
 
 
 def store_plan(config: RunConfig, hardware: Hardware, home: Path, size: Sequence[int], streamed: bool) -> StorePlan:

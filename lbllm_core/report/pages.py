@@ -19,6 +19,7 @@ from lbllm_core.errors import DataError
 from lbllm_core.report.kernel_tables import model_table, product_table
 from lbllm_core.report.method_tables import method_table, zero_shot_table
 from lbllm_core.report.records import read_results
+from lbllm_core.report.scale_tables import scale_table
 from lbllm_core.report.tables import comparison, markdown, rows_of
 
 RESULTS = Path("results")
@@ -61,6 +62,7 @@ TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
         "kernels_h100": ("kernels_h100.json", lambda content: product_table(content["records"], "cublas_fp16")),
         "kernels_cpu": ("kernels_cpu.json", lambda content: product_table(content["records"], "torch_fp32")),
         "decode_h100": ("decode_h100.json", lambda content: model_table(content["records"])),
+        "scale_h100": ("scale_h100.json", lambda content: scale_table(content["records"])),
         "decode_cpu": ("decode_cpu.json", lambda content: model_table(content["records"])),
     }
 )

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbllm_core.engine.hidden_states import HiddenStates, StorePlan, checksum, choose_tier, decode, encode, relative_error, single, stored_bytes
+from lbllm_core.engine.hidden_states import (
+    HiddenStates,
+    StorePlan,
+    checksum,
+    choose_tier,
+    decode,
+    encode,
+    relative_error,
+    single,
+    stored_bytes,
+)
 from lbllm_core.errors import ArtifactError, PreflightError
 
 CPU = torch.device("cpu")
