@@ -205,6 +205,7 @@ class HardwareConfig:
     device: str = choice("auto", "cpu", "cuda", help="auto: cuda when there is one")
     compute_dtype: str = choice("auto", "fp32", "bf16", help="matrix products of training; auto: bf16 on a GPU or a CPU with bf16 matrix units, else fp32")
     threads: int = number(0, 0, 1024, help="CPU threads (0: as torch chooses)")
+    gpus: int = number(1, 1, 64, help="processes that share the sequences of stages 1 to 3, each with a GPU (on a CPU: each with a share of it)")
     streaming: str = choice("auto", "on", "off", help="stages 1 to 3 read the teacher from disk one block at a time, so that no model is whole in memory; auto: on a GPU whose memory the teacher in float32 would half fill")
     hidden_tier: str = choice("auto", "device", "host", "disk", help="where hidden states lie; auto: the first that has room for both streams")
     hidden_dtype: str = choice("fp32", "bf16", "fp8", help="how hidden states are kept between blocks (fp8: e4m3 with a scale a token); bf16 and fp8 change results a little, and so the steps' keys")
@@ -304,7 +305,16 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append("evaluation.baselines holds stage3, which act_quant.enabled=false or scheme.act_bits=16 leaves out")
     if s.act_bits == 4 and s.act_variant == "per_group":
         found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise or uniform, or scheme.act_bits=16")
+    if c.hardware.gpus > 1:
+        found += _rank_problems(c)
     return found + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
+
+
+def _rank_problems(c: RunConfig) -> list[str]:
+    n = c.hardware.gpus
+    shared = {"ptq_init.sequences": c.ptq_init.sequences}
+    shared |= {f"{stage}.{name}": getattr(getattr(c, stage), name) for stage in ("weight_distill", "act_quant") for name in ("sequences", "batch_size")}
+    return [f"{key}={value} is no multiple of hardware.gpus={n}, which share it evenly" for key, value in shared.items() if value % n]
 
 
 def _name_problems(c: RunConfig) -> list[str]:

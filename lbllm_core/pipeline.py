@@ -167,6 +167,8 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
     found = resolve(config.hardware).describe() | {"model weights": weights or teacher_digest(config.model, home)}
     if spec.name in SWEEPS and config.hardware.hidden_dtype != "fp32":
         found["hidden states"] = config.hardware.hidden_dtype
+    if spec.name in SWEEPS and config.hardware.gpus > 1:
+        found["gpus"] = str(config.hardware.gpus)
     if any(name.startswith("dataset.") for name in spec.fields):
         found["calibration text"] = generated_digest(config, home) if config.dataset.source == "self_generated" else data_digest(config.dataset)
     if "evaluation.protocols" in spec.fields:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.hidden_states import At, HiddenStates, StorePlan, single
 from lbllm_core.engine.ledger import Ledger
-from lbllm_core.engine.progress import Progress, Report
+from lbllm_core.engine.progress import Progress, Report, silent
+from lbllm_core.engine.ranks import ALONE, Ranks
 from lbllm_core.model import fused_block
 from lbllm_core.model.blocks import SITE_OF, Decoder
 from lbllm_core.model.student import BlockState, state_from_tensors, state_tensors
@@ -82,13 +83,14 @@ def advance(job: BlockJob, block: nn.Module, source: HiddenStates, into: HiddenS
             put(job.run(block, hidden))
 
 
-def relative_error(student: HiddenStates, target: HiddenStates) -> float:
+def relative_error(student: HiddenStates, target: HiddenStates, ranks: Ranks = ALONE) -> float:
     """`|student - target|^2 / |target|^2` without each sequence's first token, whose activations are massive; float64, a sequence at a time."""
     error = energy = torch.zeros((), dtype=torch.float64, device=student.device)
     every = single(len(student))
     for ours, theirs in zip(student.batches(every), target.batches(every), strict=True):
         error = error + (ours[0, 1:].double() - theirs[0, 1:].double()).square().sum()
         energy = energy + theirs[0, 1:].double().square().sum()
+    ranks.sum_(error, energy)
     return float(error / energy)
 
 
@@ -106,8 +108,11 @@ def sweep(
     decoder: Decoder, ids: Tensor, work: Work, plan: SweepPlan, ledger: Ledger, hardware: Hardware, report: Report, store: StorePlan | None = None
 ) -> list[dict[str, float]]:
     """Run `work` over all blocks; results are in the ledger. ids `(sequences, tokens)`. Returns the figures of each block."""
-    total = len(decoder.blocks)
-    done = ledger.finished(total)
+    total, ranks = len(decoder.blocks), hardware.ranks
+    ids = ids[ranks.rank :: ranks.size]
+    done = ledger.finished(total) if ranks.first else 0
+    ranks.wait()
+    done = done if ranks.first else ledger.finished(total)  # what is damaged has been set aside by now
     if done == total:
         return [ledger.figures(i) for i in range(total)]
     started = time.monotonic()
@@ -131,9 +136,12 @@ def sweep(
             advance(job, in_compute_type(build_block(block, state, "fixed", plan.kv_bits), hardware), student, student)
             if index >= done:
                 if job.target is not None:
-                    figures["block_rel_mse"] = relative_error(student, job.target)
-                ledger.save(index, state_tensors(state), figures)
-                report(Progress(plan.step, index + 1, total, "block", {**figures, "seconds": time.monotonic() - started}))
+                    figures["block_rel_mse"] = relative_error(student, job.target, hardware.ranks)
+                if ranks.first:
+                    ledger.save(index, state_tensors(state), figures)
+                ranks.wait()
+                report_first = report if ranks.first else silent
+                report_first(Progress(plan.step, index + 1, total, "block", {**figures, "seconds": time.monotonic() - started}))
             del block, job, state
     return [ledger.figures(i) for i in range(total)]
 

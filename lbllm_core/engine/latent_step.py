@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_core.engine.hardware import Hardware
+from lbllm_core.engine.ranks import ALONE, Ranks
 from lbllm_core.fused import kernels
 from lbllm_core.model.fused_block import LARGE, weights_of
 from lbllm_core.model.linear import FrozenWeight, LatentBitmapWeight, NearestWeight, QuantLinear
@@ -56,7 +57,8 @@ def _group_size(linear: QuantLinear) -> int:
 class LatentStep:
     """AdamW on a student block; same call as RecordedStep. `passes` runs forward and backward and leaves gradients in `.grad`."""
 
-    def __init__(self, block: nn.Module, groups: list[dict[str, Any]], passes: Passes, after: Callable[[], None], grad_clip: float, dtype: torch.dtype, polarize: float = 0.0, betas: tuple[float, float] = (20.0, 2.0)):
+    def __init__(self, block: nn.Module, groups: list[dict[str, Any]], passes: Passes, after: Callable[[], None], grad_clip: float, dtype: torch.dtype, polarize: float = 0.0, betas: tuple[float, float] = (20.0, 2.0), ranks: Ranks = ALONE):
+        self.ranks = ranks
         self.linears = list(quant_linears(block).values())
         self.passes, self.after, self.grad_clip, self.dtype = passes, after, grad_clip, dtype
         self.polarize, self.beta_range = polarize, betas
@@ -83,6 +85,7 @@ class LatentStep:
                 made = kernels().quantized_weight(source.detach(), bitmap, scaled.detach(), _group_size(linear), self.dtype)
                 linear.held = made.requires_grad_()
             loss = self.passes(inputs, target)
+            self.ranks.mean_([g for g in (*(linear.held.grad for linear in self.linears if linear.held is not None), *(p.grad for p in self.small)) if g is not None])
             factor_of_clip = self._small_gradients(levels, beta)
             self._update(factor, levels, factor_of_clip, beta)
         finally:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_core.engine.ranks import ALONE, Ranks
+
 WARM_UP = 3  # plain steps before a graph is recorded: lazy initialisation must not be part of it
 
 
@@ -25,7 +27,8 @@ class RecordedStep:
     `gradients` accumulates into `.grad` and returns the loss without a graph; `after` runs when the parameters have moved.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], gradients: Callable[..., Tensor], after: Callable[[], None], grad_clip: float, device: torch.device):
+    def __init__(self, groups: list[dict[str, Any]], gradients: Callable[..., Tensor], after: Callable[[], None], grad_clip: float, device: torch.device, ranks: Ranks = ALONE):
+        self.ranks = ranks
         self.gradients, self.after, self.grad_clip = gradients, after, grad_clip
         self.on_gpu = device.type == "cuda"
         self.base = [float(g["lr"]) for g in groups]
@@ -44,7 +47,7 @@ class RecordedStep:
                 group["lr"].fill_(rate * factor)
             else:
                 group["lr"] = rate * factor
-        if self.on_gpu and self.graph is None:
+        if self.on_gpu and self.graph is None and self.ranks.size == 1:
             self._record(inputs)
         if self.loss is None or any(x.shape != b.shape for x, b in zip(inputs, self.buffers, strict=True)):
             return self._plain(inputs)
@@ -55,6 +58,7 @@ class RecordedStep:
 
     def _plain(self, inputs: tuple[Tensor, ...]) -> Tensor:
         loss = self.gradients(*inputs)
+        self.ranks.mean_([p.grad for p in self.parameters if p.grad is not None])
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         self.optimizer.step()

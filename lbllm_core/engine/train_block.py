@@ -26,6 +26,7 @@ from lbllm_core.engine import latent_step
 from lbllm_core.engine.block_sweep import BlockJob
 from lbllm_core.engine.hidden_states import At, HiddenStates, single
 from lbllm_core.engine.latent_step import LatentStep
+from lbllm_core.engine.ranks import Ranks
 from lbllm_core.engine.recorded_step import RecordedStep
 from lbllm_core.errors import MemoryShortage, NumericalError
 from lbllm_core.model.linear import LatentBitmapWeight, LearningRates, weights_held
@@ -70,8 +71,9 @@ def train_block(block: nn.Module, job: BlockJob, plan: TrainingPlan) -> dict[str
     groups = parameter_groups(block, plan.rates)
     if not groups:
         return {}
-    order = _order(len(job.inputs), plan, job.index)
-    step_of = MicroBatches(block, job, plan, mean_square(job.target))
+    ranks = job.hardware.ranks
+    order = _order(len(job.inputs), plan, job.index, ranks)
+    step_of = MicroBatches(block, job, plan, ranks.mean(mean_square(job.target), job.inputs.device))
     update = step_of.build(groups)
     progress = torch.zeros((), device=job.inputs.device)
     watch = _LossWatch(job.index)
@@ -80,16 +82,17 @@ def train_block(block: nn.Module, job: BlockJob, plan: TrainingPlan) -> dict[str
         progress.fill_(step / max(len(order) - 1, 1))
         loss = step_of.attempt(update, cosine(step, len(order), plan.lr_final), inputs, target, progress)
         if step % CHECK_EVERY == 0 or step == len(order) - 1:
-            last = watch.look(float(loss), block)
+            last = watch.look(ranks.mean(float(loss), job.inputs.device), block)
             first = last if step == 0 else first
     return {"loss_before": first, "loss_after": last, "train_steps": float(len(order))}
 
 
-def _order(n: int, plan: TrainingPlan, index: int) -> list[At]:
-    """The sequences of every step: each epoch in its own order."""
-    generator = torch.Generator().manual_seed(plan.seed * 100_003 + index)
+def _order(n: int, plan: TrainingPlan, index: int, ranks: Ranks) -> list[At]:
+    """This rank's sequences (of its `n`) in every step: each epoch in its own order."""
+    generator = torch.Generator().manual_seed(plan.seed * 100_003 + index + 1_000_003 * ranks.rank)
     epochs = [torch.randperm(n, generator=generator) for _ in range(plan.epochs)]
-    return [epoch[i : i + plan.batch_size] for epoch in epochs for i in range(0, n, plan.batch_size)]
+    batch = plan.batch_size // ranks.size
+    return [epoch[i : i + batch] for epoch in epochs for i in range(0, n, batch)]
 
 
 def mean_square(stream: HiddenStates) -> float:
@@ -107,15 +110,15 @@ class MicroBatches:
 
     def __init__(self, block: nn.Module, job: BlockJob, plan: TrainingPlan, energy: float):
         self.block, self.job, self.plan, self.energy = block, job, plan, energy
-        self.size = plan.batch_size
+        self.size = plan.batch_size // job.hardware.ranks.size
 
     def build(self, groups: list[dict[str, Any]]) -> LatentStep | RecordedStep:
         """The optimizer step that suits the block."""
         after: Callable[[], None] = lambda: constrain(self.block)  # noqa: E731
         plan = self.plan
         if latent_step.suits(self.block, self.job.hardware):
-            return LatentStep(self.block, groups, self._pieces, after, plan.grad_clip, self.job.hardware.compute_dtype, plan.polarize, (plan.beta_start, plan.beta_end))
-        return RecordedStep(groups, self._gradients, after, plan.grad_clip, self.job.inputs.device)
+            return LatentStep(self.block, groups, self._pieces, after, plan.grad_clip, self.job.hardware.compute_dtype, plan.polarize, (plan.beta_start, plan.beta_end), self.job.hardware.ranks)
+        return RecordedStep(groups, self._gradients, after, plan.grad_clip, self.job.inputs.device, self.job.hardware.ranks)
 
     def attempt(self, update: LatentStep | RecordedStep, factor: float, inputs: Tensor, target: Tensor, progress: Tensor) -> Tensor:
         """One step; while the device runs out of memory, the same step again in smaller pieces."""

@@ -57,6 +57,7 @@ def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig) -> di
         for clip, knee in itertools.product(CLIPS, knees):
             c, k = torch.tensor(clip, device=x.device), torch.tensor(knee, device=x.device)
             error = float((fake_quantize(x, scheme.act_variant, c, c, k, k, scheme.act_group_size) - x).square().sum())
+            error = job.hardware.ranks.mean(error, x.device)
             if error < best_error:
                 best, best_error = (clip, knee), error
         clip, knee = best

@@ -72,6 +72,10 @@ def collect_statistics(job: BlockJob) -> dict[str, SiteStatistics]:
     finally:
         for handle in handles:
             handle.remove()
+    ranks, device = job.hardware.ranks, job.inputs.device
+    ranks.sum_(*sums.values())
+    ranks.largest_(*largest.values())
+    tokens = round(ranks.mean(tokens, device) * ranks.size)
     for site, h in sums.items():
         if not bool(torch.isfinite(h).all()):
             raise NumericalError(f"block {job.index}: the inputs of `{site}` are not finite; try hardware.compute_dtype=fp32 or other calibration text")
