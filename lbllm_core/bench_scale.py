@@ -5,15 +5,16 @@ code as a run: streamed from safetensors files on disk, hidden states in pinned 
 
     step    stage 2 on one block, one optimizer step, for nearest-level codes and for latent W and G; utilisation is
             6 x parameters x tokens / time / 989 TFLOP/s. (The gradient of q, k and v towards a block's input is never needed, so this
-            counts 8 % of work that is not done on a 7B block.) `step70b` is the same for a 70B-shaped block.
+            counts 8 % of work that is not done on a 7B block.)
     sweep   stages 1, 2 and 3 over `--blocks` blocks at `--sequences` x 2048 tokens: seconds a block with reading, passes, copies and
             writing, peak memory, growth of host memory from block to block, and the projection to the paper's budget:
-            8192 sequences, two epochs of stage 2, one of stage 3, 32 blocks. Costs a block that do not grow with tokens (reading and writing
-            weights, building the student) are measured with `FEW` sequences: seconds = fixed + slope x tokens.
-    linear  stage 2 of one block at half of the tokens
-    store   what bf16 and fp8 do to hidden states, and to the output of a block that reads them
-    gpus    (with two GPUs) two processes, each its own block, and both on one block
+            8192 sequences, two epochs of stage 2, one of stage 3, 32 blocks. The first block holds the making of the streams and counts once
+            (`setup_s`); the others are averaged. Costs a block that do not grow with tokens (reading and writing weights, building
+            the student) are measured with `FEW` sequences: seconds = fixed + slope x tokens; half of the tokens say how straight that is.
+    step70b one step on a 70B-shaped block
     profile the kernels of a step by time (printed, not recorded)
+    store   what bf16 and fp8 do to hidden states, and to the output of a block that reads them
+    gpus    (with two GPUs) one block trained by two processes, each with the batch of one
 
 Every finished section is written at once; the same command goes on with what is missing (`--again` measures everything anew), and no section is begun
 that `--minutes` does not leave time for. `--shape tiny` is a rehearsal on any machine: its records never go into results/.
@@ -22,10 +23,11 @@ that `--minutes` does not leave time for. `--shape tiny` is a rehearsal on any m
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
 import json
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -69,8 +71,8 @@ SHAPES: Any = MappingProxyType({
     "llama2_70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000},
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300},
 })  # fmt: skip
-SECTIONS = ("step", "sweep", "step70b", "linear", "store", "gpus", "profile")
-SECONDS = MappingProxyType({"step": 40, "sweep": 120, "step70b": 40, "linear": 25, "store": 10, "gpus": 60, "profile": 15})  # a guess; what it leaves is not begun
+SECTIONS = ("step", "sweep", "step70b", "profile", "store", "gpus")
+SECONDS = MappingProxyType({"step": 40, "sweep": 190, "step70b": 40, "store": 10, "gpus": 60, "profile": 15})  # a guess; what it leaves is not begun
 Record = dict[str, Any]
 
 
@@ -96,12 +98,12 @@ class Bench:
     def store(self) -> StorePlan:
         return StorePlan(self.tier, self.dtype, self.scratch / "streams")
 
-    def decoder(self, shape: str = "") -> StreamedDecoder:
-        """The model of a shape, written to disk once."""
+    def decoder(self, shape: str = "", blocks: int = 0) -> StreamedDecoder:
+        """The model of a shape, written to disk once, and cut to its first blocks (0: all)."""
         folder = self.scratch / (shape or self.shape)
         if not (folder / "done").exists():
             write_model(folder, shape or self.shape, self.blocks if not shape or shape == self.shape else 1, self.tokens, self.hardware.device)
-        return StreamedDecoder(folder, self.hardware.device)
+        return StreamedDecoder(folder, self.hardware.device, blocks)
 
     def ids(self, n: int) -> Tensor:
         return torch.randint(SHAPES[self.shape]["vocab_size"], (n, self.tokens), generator=torch.Generator().manual_seed(0))
@@ -192,7 +194,7 @@ def trained_block(bench: Bench, shape: str, parameterization: str, batch: int) -
     hidden = torch.randn(batch, bench.tokens, decoder.width, device=bench.hardware.device)
     around = decoder.surroundings(hidden[:1])
     job = BlockJob(0, teacher, HiddenStates.of(hidden), HiddenStates.of(hidden * 1.1), decoder, around, bench.hardware)
-    plan = TrainingPlan(learning_rates(config), 1, batch, config.lr_final, config.grad_clip, 0)
+    plan = TrainingPlan(learning_rates(config), 1, batch * bench.hardware.ranks.size, config.lr_final, config.grad_clip, 0)
     micro = MicroBatches(block, job, plan, mean_square(job.target) if job.target else 1.0)
     update = micro.build(parameter_groups(block, plan.rates))
     progress = torch.zeros((), device=bench.hardware.device)
@@ -272,10 +274,7 @@ class Watch:
 
 def swept(bench: Bench, stage: str, sequences: int, start: Path | None, folder: Path, blocks: int = 0) -> Watch:
     """One stage over the first blocks, with everything that a run does."""
-    decoder = bench.decoder()
-    if blocks:
-        decoder.blocks = [decoder.blocks[i] for i in range(blocks)]
-        decoder.streamed = False
+    decoder = bench.decoder(blocks=blocks)
     scheme, seed = bench.scheme, 0
     watch = Watch([], [], [], bench.hardware)
     plan = SweepPlan(stage, stage != "ptq_init", variant=scheme.act_variant if stage == "act_quant" else "none", kv_bits=16)
@@ -299,7 +298,7 @@ def sweep_section(bench: Bench) -> list[Record]:
     """Stages 1 to 3 over a few blocks, and the projection."""
     made: list[Record] = []
     about = {"shape": bench.shape, "gpus": 1, "tier": bench.tier, "dtype": bench.dtype, "blocks": bench.blocks}
-    hours = 0.0
+    hours = fixed = 0.0
     start: Path | None = None
     for stage, sequences in (("ptq_init", bench.calibration), ("weight_distill", bench.sequences), ("act_quant", bench.sequences)):
         folder = bench.scratch / stage
@@ -307,35 +306,30 @@ def sweep_section(bench: Bench) -> list[Record]:
         memory = peak_gb(bench.hardware)
         tokens, whole, name = sequences * bench.tokens, watch.whole(), "stage1_s" if stage == "ptq_init" else "block_s"
         context = about | {"stage": stage, "tokens": tokens}
-        seconds = projected = statistics.mean(whole)
+        seconds = projected = statistics.mean(whole[1:])
+        setup = max(whole[0] - seconds, 0.0)
         if stage != "ptq_init":
-            fixed = swept(bench, stage, FEW, start, bench.scratch / "few", 1).whole()[0]
+            fixed = swept(bench, stage, FEW, start, bench.scratch / "few", 2).whole()[1]
             projected = fixed + (seconds - fixed) / (sequences - FEW) * (BUDGET / bench.tokens - FEW)
             made.append({"name": "fixed_s", "value": fixed, "unit": "s a block", "of": f"{FEW} sequences: reading, building, writing", **context})
-            rate = (2 if stage == "weight_distill" else 1) * tokens / statistics.mean(watch.work)
+            rate = (2 if stage == "weight_distill" else 1) * tokens / statistics.mean(watch.work[1:])
             made.append({"name": {"weight_distill": "stage2_tok_s", "act_quant": "stage3_tok_s"}[stage], "value": rate, "unit": "tokens/s", "of": "sweep", **context})
         made += [
             {"name": name, "value": seconds, "unit": "s a block", "of": "all: reading, passes, training, error, writing", **context},
-            {"name": "work_s", "value": statistics.mean(watch.work), "unit": "s a block", "of": "statistics and quantization" if stage == "ptq_init" else "training, with its batches copied from the store", **context},
-            {"name": "slowest_block_s", "value": max(whole), "unit": "s", **context},
+            {"name": "work_s", "value": statistics.mean(watch.work[1:]), "unit": "s a block", "of": "statistics and quantization" if stage == "ptq_init" else "training, with its batches copied from the store", **context},
+            {"name": "slowest_block_s", "value": max(whole[1:]), "unit": "s", **context},
             {"name": "peak_gb", "value": memory, "unit": "GB", "of": "sweep", **context},
-            {"name": "host_growth_gb", "value": (watch.host[-1] - watch.host[0]) / max(len(watch.host) - 1, 1), "unit": "GB a block", **context},
+            {"name": "host_growth_gb", "value": (watch.host[-1] - watch.host[1]) / max(len(watch.host) - 2, 1), "unit": "GB a block", **context},
         ]
-        start, share = folder, MODEL_BLOCKS * projected / 3600
+        made.append({"name": "setup_s", "value": setup, "unit": "s a stage", "of": "room for the streams, embedding", **context})
+        if stage == "weight_distill":
+            half = swept(bench, stage, sequences // 2, start, bench.scratch / "half", 2).whole()[1]
+            made.append({"name": "linearity", "value": seconds / (2 * half - fixed), "unit": "time over fixed + twice the rest of half of the tokens", **context})
+        start, share = folder, (MODEL_BLOCKS * projected + setup * (1.0 if stage == "ptq_init" else BUDGET / tokens)) / 3600
         hours += share
         made.append({"name": "projected_hours", "value": share, "unit": "h", "budget_tokens": BUDGET, **context})
     made.append({"name": "projected_hours", "value": hours, "unit": "h", "stage": "all", "budget_tokens": BUDGET, "tokens": bench.sequences * bench.tokens, **about})
     return made
-
-
-def linear_section(bench: Bench) -> list[Record]:
-    """Stage 2 of the first block at all and at half of the tokens: how far cost is from proportional."""
-    start = bench.scratch / "ptq_init"
-    if not (start / "block_000.safetensors").exists():
-        swept(bench, "ptq_init", min(bench.calibration, 8), None, start, 1)
-    times = {n: swept(bench, "weight_distill", n, start, bench.scratch / "linear", 1).whole()[0] for n in (bench.sequences // 2, bench.sequences)}
-    half, whole = times.values()
-    return [{"name": "linearity", "value": whole / (2 * half), "unit": "time over twice the time of half of the tokens", "shape": bench.shape, "gpus": 1, "tokens": bench.sequences * bench.tokens}]
 
 
 @torch.no_grad()
@@ -385,19 +379,28 @@ def profile_section(bench: Bench) -> list[Record]:
 
 
 def gpus_section(bench: Bench) -> list[Record]:
-    """Data parallel training of one block on two GPUs, batch a GPU as on one."""
+    """Data parallel training of one block in two processes, batch a GPU as on one (`bench_ranks.py`)."""
     if torch.cuda.device_count() < 2 and bench.shape != "tiny":
+        print("gpus: this machine has fewer than two GPUs", flush=True)
         return []
-    with contextlib.suppress(ImportError):
-        from lbllm_core.engine.parallel_bench import two_gpus  # type: ignore[import-not-found]
-
-        found: list[Record] = two_gpus(bench)
-        return found
-    return []
+    bench.decoder()  # written once, not by two processes
+    about = {f.name: getattr(bench, f.name) for f in dataclasses.fields(bench) if f.name != "hardware"} | {"scratch": str(bench.scratch)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lbllm_core.bench_ranks", json.dumps(about)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = [json.loads(line.removeprefix("STEP ")) for line in done.stdout.splitlines() if line.startswith("STEP ")]
+    if done.returncode or not found:
+        raise LbllmError(f"two processes ended with {done.returncode}: {done.stderr[-1500:]}")
+    (times,) = found
+    context = {"shape": bench.shape, "gpus": 2, "parameterization": "nearest", "batch": bench.batch, "tokens_a_step": 2 * bench.batch * bench.tokens}
+    return [
+        {"name": "two_gpu_speedup", "value": 2 * times["alone"] / times["together"], "unit": "x", **context},
+        {"name": "step_ms", "value": times["together"] * 1e3, "unit": "ms", "of": "two GPUs", **context},
+        {"name": "step_ms", "value": times["alone"] * 1e3, "unit": "ms", "of": "one of them", **context, "gpus": 1, "tokens_a_step": bench.batch * bench.tokens},
+    ]
 
 
 WORK: Any = MappingProxyType({
-    "step": step_section, "sweep": sweep_section, "step70b": step70b_section, "linear": linear_section, "store": store_section, "gpus": gpus_section,
+    "step": step_section, "sweep": sweep_section, "step70b": step70b_section, "store": store_section, "gpus": gpus_section,
     "profile": profile_section,
 })  # fmt: skip
 
@@ -419,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=("llama2_7b", "tiny"), default="llama2_7b")
     parser.add_argument("--sequences", type=int, default=512, help="of 2048 tokens, for stages 2 and 3")
     parser.add_argument("--calibration", type=int, default=128, help="sequences of stage 1")
-    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--blocks", type=int, default=4, help="measured blocks and one before them; at least 3")
     parser.add_argument("--batch", type=int, default=2, help="sequences a step")
     parser.add_argument("--tier", choices=("device", "host", "disk"), default="host", help="where hidden states lie")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp8"), default="bf16", help="how they are kept")
@@ -440,6 +443,8 @@ def _measured(chosen: argparse.Namespace, given: str) -> int:
     unknown = sorted(set(names) - set(SECTIONS))
     if unknown:
         raise DataError(f"--only holds {', '.join(unknown)}; sections: {', '.join(SECTIONS)}")
+    if chosen.blocks < 3 or chosen.sequences <= 2 * FEW:
+        raise DataError(f"--blocks must be at least 3 and --sequences more than {2 * FEW}")
     on_gpu = torch.cuda.is_available()
     if not on_gpu and chosen.shape != "tiny":
         raise DataError("this machine has no usable GPU; --shape tiny rehearses the command without one")

@@ -151,4 +151,5 @@ def embedded(decoder: Decoder, ids: Tensor, hardware: Hardware, store: StorePlan
     """The stream that enters the first block. ids `(sequences, tokens)`."""
     stream = HiddenStates((*ids.shape, decoder.width), hardware.device, store)
     stream.fill(decoder.embed(ids[at]).float().to(hardware.device) for at in passes(stream))
+    decoder.embedded()
     return stream

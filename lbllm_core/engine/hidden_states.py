@@ -43,6 +43,7 @@ SHARD_BYTES = 128 << 20
 LARGEST_E4M3 = 448.0
 WORDS = 1 << 20  # words of a checksum at a time
 AHEAD = 2  # batches that are on their way while one is used
+_cuda: Any = torch.cuda  # its classes carry no types
 NUMBER: Any = MappingProxyType({"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn})
 At = slice | Tensor
 
@@ -74,7 +75,7 @@ def decode(parts: Sequence[Tensor]) -> Tensor:
 def stored_bytes(shape: Sequence[int], dtype: str) -> int:
     """Bytes of a stream `(sequences, tokens, hidden)`."""
     sequences, tokens, hidden = shape
-    return sequences * tokens * (hidden * NUMBER[dtype].itemsize + 4 * (dtype == "fp8"))
+    return sequences * tokens * (hidden * int(NUMBER[dtype].itemsize) + 4 * (dtype == "fp8"))
 
 
 def checksum(data: Tensor) -> str:
@@ -99,7 +100,7 @@ class HiddenStates:
         self.plan, self.device = plan or StorePlan(), device
         self.shape = torch.Size(shape)
         self.on_gpu = device.type == "cuda"
-        self.side: Any = torch.cuda.Stream(device) if self.on_gpu and self.plan.tier != "device" else None
+        self.side: Any = _cuda.Stream(device) if self.on_gpu and self.plan.tier != "device" else None
         self.backing: _InMemory | _OnDisk
         if self.plan.tier == "disk":
             self.backing = _OnDisk(self.shape, self.plan, self.on_gpu)
@@ -146,7 +147,7 @@ class HiddenStates:
         """Start the copy of some sequences to the GPU, on the side stream."""
         with torch.cuda.stream(self.side):
             parts = self.backing.sent(at, self.device)
-            ready = torch.cuda.Event()
+            ready = _cuda.Event()
             ready.record(self.side)
         return parts, ready
 
@@ -163,7 +164,7 @@ class HiddenStates:
             parts = encode(states.float(), self.plan.dtype)
             ready = None
             if self.side is not None:
-                ready = torch.cuda.Event()
+                ready = _cuda.Event()
                 ready.record(torch.cuda.current_stream(self.device))
                 self.side.wait_event(ready)
                 with torch.cuda.stream(self.side):
@@ -247,10 +248,10 @@ class _OnDisk:
             raise PreflightError("hidden states on disk need a folder")
         plan.folder.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix="hidden-", dir=plan.folder))
-        self.sequences, self.pinned = shape[0], pinned
+        self.sequences, self.pinned = int(shape[0]), pinned
         self.numbers = [((*shape[1:],), NUMBER[plan.dtype])] + ([((shape[1], 1), torch.float32)] if plan.dtype == "fp8" else [])
-        self.row = [math.prod(size) * number.itemsize for size, number in self.numbers]  # bytes of a sequence, each part
-        self.each = max(1, min(shape[0], plan.shard_bytes // sum(self.row)))
+        self.row = [math.prod(size) * int(number.itemsize) for size, number in self.numbers]  # bytes of a sequence, each part
+        self.each: int = max(1, min(shape[0], plan.shard_bytes // sum(self.row)))
         self.files: dict[int, tuple[Path, str]] = {}
         self.maps: dict[int, Tensor] = {}
         self.round = 0
@@ -309,7 +310,7 @@ class _OnDisk:
         """Write a complete shard in the background, one at a time."""
         copied = None
         if self.pinned:
-            copied = torch.cuda.Event()
+            copied = _cuda.Event()
             copied.record()  # of the stream that the copies run on
         self._wait()
         self.writing = self.writer.submit(self._flush, shard, content, copied)
@@ -320,7 +321,7 @@ class _OnDisk:
         path = self.folder / f"shard_{shard:05d}.{self.round}.bin"
         try:
             with path.open("wb") as stream:
-                stream.write(memoryview(content.numpy()))
+                stream.write(content.numpy().data)
         except OSError as error:
             path.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

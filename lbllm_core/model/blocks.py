@@ -81,6 +81,9 @@ class Decoder:
         hidden: Tensor = self.base.embed_tokens(ids.to(self.base.embed_tokens.weight.device))
         return hidden
 
+    def embedded(self) -> None:
+        """All tokens are embedded: what was loaded for that alone may go."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the last block -> logits `(..., vocabulary)`."""
         return self.head(self.base.norm(hidden))  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """A teacher that is never whole in memory: its skeleton has no weights, and blocks come from disk one at a time.
 
-`transformers` builds the model on the meta device, where a tensor has a shape and no bytes. The embedding is read when tokens are
-embedded and stays on the host. Block i is read from its safetensors files when it is asked for, and the next one is read meanwhile
+`transformers` builds the model on the meta device, where a tensor has a shape and no bytes. The embedding is there while tokens are
+embedded and leaves again. Block i is read from its safetensors files when it is asked for, and the next one is read meanwhile
 by a thread; whoever holds a block holds the only copy. Numbers are those that `load_teacher` gives: 16-bit weights travel as they are
 stored and become float32 where they are used, so a sweep over this decoder is bit-equal to one over the whole model.
 
@@ -125,17 +125,21 @@ class StreamedDecoder(Decoder):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         super().__init__(model)
-        self.weights = Weights(folder)
+        self.weights, self.device = Weights(folder), device
         self.blocks = StreamedBlocks(self.blocks, self.weights, device)
         rotary: Any = type(self.base.rotary_emb)
         self.base.rotary_emb = rotary(config).to(device)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids `(batch, tokens)` -> hidden states `(batch, tokens, hidden)`, float32 on the host."""
+        """Token ids `(batch, tokens)` -> hidden states `(batch, tokens, hidden)`, float32."""
         if self.base.embed_tokens.weight.device.type == "meta":
             (stored,) = self.weights.read("", [EMBEDDING]).values()
-            self.base.embed_tokens.weight = nn.Parameter(stored, requires_grad=False)
+            self.base.embed_tokens.weight = nn.Parameter(stored.to(self.device), requires_grad=False)
         return super().embed(ids).float()
+
+    def embedded(self) -> None:
+        """The embedding goes back to where it came from."""
+        self.base.embed_tokens.weight = nn.Parameter(self.base.embed_tokens.weight.to("meta"), requires_grad=False)
 
 
 def load_streamed(config: ModelConfig, home: Path, device: torch.device) -> tuple[StreamedDecoder, Any]:
