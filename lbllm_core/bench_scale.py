@@ -40,8 +40,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_core.config import ActQuantConfig, PtqInitConfig, SchemeConfig, WeightDistillConfig
+from lbllm_core.config import (
+    ActQuantConfig,
+    DatasetConfig,
+    HardwareConfig,
+    PtqInitConfig,
+    RunConfig,
+    SchemeConfig,
+    WeightDistillConfig,
+)
+from lbllm_core.engine import machine
 from lbllm_core.engine.block_sweep import BlockJob, SweepPlan, advance, passes, sweep
+from lbllm_core.engine.estimate import estimate
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.hidden_states import HiddenStates, StorePlan, decode, encode
 from lbllm_core.engine.ledger import Ledger
@@ -51,6 +61,7 @@ from lbllm_core.engine.train_block import MicroBatches, TrainingPlan, mean_squar
 from lbllm_core.errors import DataError, LbllmError
 from lbllm_core.model.blocks import NORMS, linears_of
 from lbllm_core.model.fused_block import weights_of
+from lbllm_core.model.inspect import architecture_shapes
 from lbllm_core.model.streamed import StreamedDecoder
 from lbllm_core.model.student import BlockState, load_block
 from lbllm_core.model.student_block import Mode, build_block, parameter_groups
@@ -294,6 +305,23 @@ def swept(bench: Bench, stage: str, sequences: int, start: Path | None, folder: 
     return watch
 
 
+def foretold(bench: Bench, stage: str, seconds: float, memory: float, context: Record) -> list[Record]:
+    """Preflight's estimate of this sweep over what was measured: seconds, and memory of the device."""
+    hardware = HardwareConfig(device=bench.hardware.device.type, streaming="on", hidden_tier=bench.tier, hidden_dtype=bench.dtype)
+    config = RunConfig(
+        dataset=DatasetConfig(sequences=max(bench.sequences, bench.calibration), seq_len=bench.tokens), scheme=bench.scheme, hardware=hardware,
+        ptq_init=PtqInitConfig(sequences=bench.calibration), weight_distill=WeightDistillConfig(sequences=bench.sequences, epochs=2, batch_size=bench.batch),
+        act_quant=ActQuantConfig(sequences=bench.sequences, epochs=1, batch_size=bench.batch),
+    )  # fmt: skip
+    shapes = architecture_shapes(bench.decoder().config)
+    on_gpu = bench.hardware.device.type == "cuda"
+    found = estimate(config, shapes, machine.rates(bench.hardware, shapes.hidden, shapes.ffn), on_gpu)
+    step = next(s for s in found.steps if s.step == stage)
+    about = {k: v for k, v in context.items() if k != "tier"}
+    made = [{"name": "preflight_error", "value": step.seconds / seconds - 1, "unit": "estimate over measured, less 1", "of": "seconds", **about}]
+    return made + ([{"name": "preflight_error", "value": step.device / 1e9 / memory - 1, "unit": "estimate over measured, less 1", "of": "device memory", **about}] if on_gpu else [])
+
+
 def sweep_section(bench: Bench) -> list[Record]:
     """Stages 1 to 3 over a few blocks, and the projection."""
     made: list[Record] = []
@@ -325,6 +353,7 @@ def sweep_section(bench: Bench) -> list[Record]:
         if stage == "weight_distill":
             half = swept(bench, stage, sequences // 2, start, bench.scratch / "half", 2).whole()[1]
             made.append({"name": "linearity", "value": seconds / (2 * half - fixed), "unit": "time over fixed + twice the rest of half of the tokens", **context})
+        made += foretold(bench, stage, watch.ends[-1], memory, context)
         start, share = folder, (MODEL_BLOCKS * projected + setup * (1.0 if stage == "ptq_init" else BUDGET / tokens)) / 3600
         hours += share
         made.append({"name": "projected_hours", "value": share, "unit": "h", "budget_tokens": BUDGET, **context})

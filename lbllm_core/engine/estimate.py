@@ -54,6 +54,11 @@ ASSIGN_BYTES = 10_500  # choosing entries: a weight
 EM_BYTES = 770  # explicit levels: a (weight, round, start)
 STEP_BYTES = 260  # making weights, their gradients and the optimizer's step: a weight and training step, stage 2
 FROZEN_BYTES = 90  # the same in stages 3 and 4, where codes are fixed
+FUSED_FROM = 1 << 25  # weights of a block from which a GPU's kernels make these passes (`engine/latent_step.py`)
+FUSED_STEP_BYTES = 45
+FUSED_FROZEN_BYTES = 10
+FUSED_QUANT_BYTES = 12
+FUSED_PASSES = 0.3  # of the elementwise passes of activations
 QUANT_BYTES = 300  # activation quantizers, forward and backward: a channel of a site and token
 STEP_CALLS = 1500  # small operations a training step of one block
 FORWARD_CALLS = 120  # small operations a forward pass of one block
@@ -235,7 +240,12 @@ def _training(c: RunConfig, s: Shapes, sequences: int, epochs: int, batch: int, 
     tokens, stream, passed = _streams(c, s, sequences)
     steps = epochs * -(-sequences // batch)
     sites = 2 * s.hidden + s.heads * s.head_dim + s.ffn
-    passes = s.blocks * (steps * s.linears * weight_bytes + 3 * epochs * tokens * 4.0 * (24 * s.hidden + 10 * s.ffn) + quantized * tokens * epochs * sites * QUANT_BYTES)
+    fused = c.hardware.device == "cuda" and s.linears >= FUSED_FROM
+    if fused:
+        weight_bytes = FUSED_FROZEN_BYTES if weight_bytes == FROZEN_BYTES else FUSED_STEP_BYTES
+    share, quant_bytes = (FUSED_PASSES, FUSED_QUANT_BYTES) if fused else (1.0, QUANT_BYTES)
+    activations = 3 * epochs * tokens * 4.0 * (24 * s.hidden + 10 * s.ffn) * share
+    passes = s.blocks * (steps * s.linears * weight_bytes + activations + quantized * tokens * epochs * sites * quant_bytes)
     calls = s.blocks * (steps * STEP_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
     at_once = min(batch, sequences) * c.dataset.seq_len
     held = _held(c, s, stream, 4)

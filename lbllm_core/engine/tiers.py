@@ -72,7 +72,7 @@ def resolved(config: RunConfig, shapes: Shapes, hardware: Hardware, limits: mach
     """The configuration with `streaming` and `hidden_tier` decided for the largest sweep, and that decision. Raises PreflightError."""
     sequences = max(config.ptq_init.sequences, config.weight_distill.sequences, config.act_quant.sequences)
     found = tiers(config, shapes, hardware, limits, (sequences, config.dataset.seq_len, shapes.hidden))
-    decided = replace(config.hardware, streaming="on" if found.streamed else "off", hidden_tier=found.tier)
+    decided = replace(config.hardware, device=hardware.device.type, streaming="on" if found.streamed else "off", hidden_tier=found.tier)
     return replace(config, hardware=decided), found
 
 
