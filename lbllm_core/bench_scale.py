@@ -31,7 +31,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -239,13 +240,11 @@ def measured_step(bench: Bench, shape: str, parameterization: str, batch: int, r
     ]
 
 
-def step_section(bench: Bench) -> list[Record]:
+def step_section(bench: Bench) -> Iterator[Record]:
     """The three settings of a 7B block."""
-    made = []
     for parameterization, batch in (("nearest", bench.batch), ("latent", bench.batch), ("nearest", 4 * bench.batch)):
-        made += measured_step(bench, bench.shape, parameterization, batch, 5)
+        yield from measured_step(bench, bench.shape, parameterization, batch, 5)
         release()
-    return made
 
 
 def step70b_section(bench: Bench) -> list[Record]:
@@ -313,7 +312,7 @@ def foretold(bench: Bench, stage: str, seconds: float, memory: float, context: R
         ptq_init=PtqInitConfig(sequences=bench.calibration), weight_distill=WeightDistillConfig(sequences=bench.sequences, epochs=2, batch_size=bench.batch),
         act_quant=ActQuantConfig(sequences=bench.sequences, epochs=1, batch_size=bench.batch),
     )  # fmt: skip
-    shapes = architecture_shapes(bench.decoder().config)
+    shapes = architecture_shapes(bench.decoder().config, 0)
     on_gpu = bench.hardware.device.type == "cuda"
     found = estimate(config, shapes, machine.rates(bench.hardware, shapes.hidden, shapes.ffn), on_gpu)
     step = next(s for s in found.steps if s.step == stage)
@@ -322,9 +321,8 @@ def foretold(bench: Bench, stage: str, seconds: float, memory: float, context: R
     return made + ([{"name": "preflight_error", "value": step.device / 1e9 / memory - 1, "unit": "estimate over measured, less 1", "of": "device memory", **about}] if on_gpu else [])
 
 
-def sweep_section(bench: Bench) -> list[Record]:
+def sweep_section(bench: Bench) -> Iterator[Record]:
     """Stages 1 to 3 over a few blocks, and the projection."""
-    made: list[Record] = []
     about = {"shape": bench.shape, "gpus": 1, "tier": bench.tier, "dtype": bench.dtype, "blocks": bench.blocks}
     hours = fixed = 0.0
     start: Path | None = None
@@ -339,26 +337,25 @@ def sweep_section(bench: Bench) -> list[Record]:
         if stage != "ptq_init":
             fixed = swept(bench, stage, FEW, start, bench.scratch / "few", 2).whole()[1]
             projected = fixed + (seconds - fixed) / (sequences - FEW) * (BUDGET / bench.tokens - FEW)
-            made.append({"name": "fixed_s", "value": fixed, "unit": "s a block", "of": f"{FEW} sequences: reading, building, writing", **context})
+            yield ({"name": "fixed_s", "value": fixed, "unit": "s a block", "of": f"{FEW} sequences: reading, building, writing", **context})
             rate = (2 if stage == "weight_distill" else 1) * tokens / statistics.mean(watch.work[1:])
-            made.append({"name": {"weight_distill": "stage2_tok_s", "act_quant": "stage3_tok_s"}[stage], "value": rate, "unit": "tokens/s", "of": "sweep", **context})
-        made += [
+            yield ({"name": {"weight_distill": "stage2_tok_s", "act_quant": "stage3_tok_s"}[stage], "value": rate, "unit": "tokens/s", "of": "sweep", **context})
+        yield from [
             {"name": name, "value": seconds, "unit": "s a block", "of": "all: reading, passes, training, error, writing", **context},
             {"name": "work_s", "value": statistics.mean(watch.work[1:]), "unit": "s a block", "of": "statistics and quantization" if stage == "ptq_init" else "training, with its batches copied from the store", **context},
             {"name": "slowest_block_s", "value": max(whole[1:]), "unit": "s", **context},
             {"name": "peak_gb", "value": memory, "unit": "GB", "of": "sweep", **context},
             {"name": "host_growth_gb", "value": (watch.host[-1] - watch.host[1]) / max(len(watch.host) - 2, 1), "unit": "GB a block", **context},
         ]
-        made.append({"name": "setup_s", "value": setup, "unit": "s a stage", "of": "room for the streams, embedding", **context})
+        yield ({"name": "setup_s", "value": setup, "unit": "s a stage", "of": "room for the streams, embedding", **context})
         if stage == "weight_distill":
             half = swept(bench, stage, sequences // 2, start, bench.scratch / "half", 2).whole()[1]
-            made.append({"name": "linearity", "value": seconds / (2 * half - fixed), "unit": "time over fixed + twice the rest of half of the tokens", **context})
-        made += foretold(bench, stage, watch.ends[-1], memory, context)
+            yield ({"name": "linearity", "value": seconds / (2 * half - fixed), "unit": "time over fixed + twice the rest of half of the tokens", **context})
+        yield from foretold(bench, stage, watch.ends[-1], memory, context)
         start, share = folder, (MODEL_BLOCKS * projected + setup * (1.0 if stage == "ptq_init" else BUDGET / tokens)) / 3600
         hours += share
-        made.append({"name": "projected_hours", "value": share, "unit": "h", "budget_tokens": BUDGET, **context})
-    made.append({"name": "projected_hours", "value": hours, "unit": "h", "stage": "all", "budget_tokens": BUDGET, "tokens": bench.sequences * bench.tokens, **about})
-    return made
+        yield ({"name": "projected_hours", "value": share, "unit": "h", "budget_tokens": BUDGET, **context})
+    yield ({"name": "projected_hours", "value": hours, "unit": "h", "stage": "all", "budget_tokens": BUDGET, "tokens": bench.sequences * bench.tokens, **about})
 
 
 @torch.no_grad()
@@ -493,19 +490,20 @@ def _measured(chosen: argparse.Namespace, given: str) -> int:
                 print(f"{name}: not begun, --minutes {chosen.minutes:g} leaves no time for it; the same command goes on with it", flush=True)
                 continue
             started = time.monotonic()
+            records: list[Record] = []
             try:
-                records = [{**r, "section": name} for r in WORK[name](bench)]
-            except (LbllmError, RuntimeError) as error:  # the other sections are still worth their time
+                for record in WORK[name](bench):
+                    records.append({**record, "section": name})
+            except (LbllmError, RuntimeError, TypeError, ValueError) as error:  # the other sections are still worth their time
                 failed.append(name)
                 print(f"{name}: FAILED, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr, flush=True)
                 if not isinstance(error, LbllmError):
-                    import traceback
-
                     traceback.print_exc()
-                records = []
+                records = [{**r, "section": f"{name}, not finished"} for r in records]  # kept, and measured again by the next call
             release()
             if records:
-                write_results(out, f"python -m lbllm_core.bench_scale {given}".strip(), records, keep=lambda r, name=name: r.get("section") != name)  # type: ignore[misc]
+                mine = (name, f"{name}, not finished")
+                write_results(out, f"python -m lbllm_core.bench_scale {given}".strip(), records, keep=lambda r, mine=mine: r.get("section") not in mine)  # type: ignore[misc]
             print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
             if name != "profile" and records:
                 print(plain(cells(records)), flush=True)
