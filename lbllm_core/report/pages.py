@@ -74,7 +74,8 @@ def render(name: str, results: Path = RESULTS) -> str:
     if not (results / file).exists():
         return f"_Not measured yet: `results/{file}` is not there._\n"
     content = read_results(results / file)
-    source = f"`{content['command']}`, commit `{content['commit'][:12]}`, {content['date'][:10]}, {content['device']}, torch {content['versions']['torch']}"
+    commit = re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]+", "", content["commit"])  # what says that files differed from it stays
+    source = f"`{content['command']}`, commit `{commit}`, {content['date'][:10]}, {content['device']}, torch {content['versions']['torch']}"
     return f"{table(content)}\n_{source}; from `results/{file}`._\n"
 
 
