@@ -1,4 +1,4 @@
-"""Everything about one GPU in one go:  python kernels/measure_gpu.py --out FOLDER [--minutes 9] [--only build,correctness,...]
+"""Everything about one GPU in one go:  python kernels/measure_gpu.py --out FOLDER [--minutes 10] [--only build,correctness,...]
 
 Builds, checks every path bit by bit, measures plans, decode, prefill, whole models, checks what dispatch may choose, runs the sanitizer,
 the compiled model, the Triton path, a profiler and other libraries. Each part is a process of its own with its own limit: a part that hangs is killed
@@ -41,6 +41,7 @@ class Part:
     seconds: int
     needs: str = "build"
     program: str = sys.executable
+    threads: int = 0  # of its CPU work, where others run beside it
 
 
 def bench(section: str, seconds: int, minutes: float, *more: str) -> Part:
@@ -63,13 +64,13 @@ GROUPS: tuple[tuple[Part, ...], ...] = (  # parts of a group run side by side; o
     (bench("prefill", 75, 0.9),),
     (bench("model", 110, 1.3, "--decode-out", "{out}/part_model.json"),),
     (
-        Part("paths", (str(KERNELS / "check_paths.py"), "--minutes", "0.9"), 80, ""),
+        Part("paths", (str(KERNELS / "check_paths.py"), "--minutes", "1.6"), 125, ""),
         bench("sanitize", 85, 3),
-        Part("model_test", ("-m", "pytest", MODEL_TEST, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:logging"), 80),
+        Part("model_test", ("-m", "pytest", MODEL_TEST, "-v", "--durations=6", "-p", "no:cacheprovider", "-p", "no:logging"), 125, threads=2),
     ),
     (bench("triton", 55, 0.6),),
     (Part("profile", NCU, 60, program="ncu"),),
-    (bench("peers", 100, 1.4),),
+    (bench("peers", 165, 2.5),),
 )
 PARTS = tuple(part for group in GROUPS for part in group)
 
@@ -106,7 +107,7 @@ class Session:
         command = [part.program, *(word.replace("{out}", str(self.out)) for word in part.command)]
         self.say(f"--- {part.name}: {' '.join(part.command)}")
         try:
-            process = self.start_process(command)
+            process = self.start_process(command, part.threads)
         except OSError as error:
             self.note(part, 127, 0.0, f"{part.program} does not start: {error.strerror}")
             return
@@ -121,9 +122,10 @@ class Session:
         reader.join(5)
         self.note(part, process.poll(), time.monotonic() - begun, how)
 
-    def start_process(self, command: list[str]) -> subprocess.Popen[str]:
+    def start_process(self, command: list[str], threads: int) -> subprocess.Popen[str]:
+        environment = {**self.environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True,
         )  # fmt: skip
 
@@ -174,7 +176,7 @@ def main(arguments: list[str]) -> int:
     """Command line; exit 0 when every part that was asked for ended well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--only", default=",".join(part.name for part in PARTS))
     parser.add_argument("--plans", type=Path)
     options = parser.parse_args(arguments)
