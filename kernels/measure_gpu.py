@@ -6,7 +6,7 @@ with all that it started, and the next one begins. What a part measured until th
 then every file says so (`correctness`): such figures are for finding the fault.
 
 FOLDER then holds session.log (all output), parts.json (exit, seconds and limit of each part), cuda_plans.json, and, in the schema of
-`results/`, kernels.json (products, with the plans that were just measured), models.json, tune.json.
+`results/`, kernels.json (products, with the plans that were just measured), models.json, peers.json, tune.json.
 
     --only PARTS    some of the parts, by name
     --plans FILE    plans to begin with (default: none; `tune` measures them)
@@ -52,7 +52,7 @@ def bench(section: str, seconds: int, minutes: float, *more: str) -> Part:
 
 NCU = (
     "--kernel-name", "regex:decode_kernel|hopper_kernel|tiled_kernel|quantize_kernel",
-    "--section", "SpeedOfLight", "--section", "LaunchStats", "--section", "Occupancy", "--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis",
+    "--metrics", "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", "--section", "SpeedOfLight", "--section", "LaunchStats", "--section", "Occupancy", "--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis",
     "--print-summary", "per-kernel", sys.executable, str(KERNELS / "bench_gpu.py"), "--only", "probe", "--out", os.devnull,
 )  # fmt: skip
 MODEL_TEST = "tests/packed/test_devices.py"
@@ -149,10 +149,10 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def merge(out: Path, arguments: list[str], correctness: str) -> None:
-    """Parts' records into the files that `results/` holds. A part's own cuBLAS rows beside peers and Triton stay inside their `speedup`."""
-    merged: dict[str, list[dict[str, Any]]] = {"kernels": [], "models": [], "tune": []}
+    """Parts' records into the files that `results/` holds. The Triton part's own cuBLAS rows stay inside their `speedup`."""
+    merged: dict[str, list[dict[str, Any]]] = {"kernels": [], "models": [], "peers": [], "tune": []}
     head: dict[str, Any] = {}
-    for section, into in (("decode", "kernels"), ("prefill", "kernels"), ("triton", "kernels"), ("peers", "kernels"), ("tune", "tune"), ("model", "models")):
+    for section, into in (("decode", "kernels"), ("prefill", "kernels"), ("triton", "kernels"), ("peers", "peers"), ("tune", "tune"), ("model", "models")):
         path = out / f"part_{section}.json"
         if not path.is_file():
             continue
@@ -161,7 +161,7 @@ def merge(out: Path, arguments: list[str], correctness: str) -> None:
         first = not merged[into]
         for record in content["records"]:
             rate = "op" not in record and "engine" not in record
-            if (section in ("triton", "peers") and record.get("op") == "cublas_fp16") or (rate and not first):
+            if (section == "triton" and record.get("op") == "cublas_fp16") or (rate and not first):
                 continue
             merged[into].append(record)
     for name, records in merged.items():
