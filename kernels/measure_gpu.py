@@ -9,7 +9,7 @@ FOLDER then holds session.log (all output), parts.json (exit, seconds and limit 
 `results/`, kernels.json (products, with the plans that were just measured), models.json, peers.json, tune.json.
 
     --only PARTS    some of the parts, by name
-    --plans FILE    plans to begin with (default: none; `tune` measures them)
+    --plans FILE    plans to begin with (default: none where `tune` measures them, else those of the repository)
 """
 
 from __future__ import annotations
@@ -186,8 +186,9 @@ def main(arguments: list[str]) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     plans = out / "cuda_plans.json"
-    if options.plans:
-        plans.write_text(options.plans.read_text(encoding="utf-8"), encoding="utf-8")
+    given = options.plans or (None if "tune" in wanted else KERNELS / "lbllm_kernels" / "cuda_plans.json")
+    if given is not None and (options.plans or given.is_file()):
+        plans.write_text(given.read_text(encoding="utf-8"), encoding="utf-8")
     path = os.pathsep.join([str(ROOT), str(KERNELS), *filter(None, [os.environ.get("PYTHONPATH")])])
     session = Session(out, options.minutes, {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "LBLLM_CUDA_PLANS": str(plans)})
     for group in GROUPS:
