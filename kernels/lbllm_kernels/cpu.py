@@ -238,6 +238,13 @@ def quantize(x: Tensor, factors: ActFactors, *, interleaved: bool = True, level:
     return CpuTokens(q, scale, zero, tokens, in_features)
 
 
+def tokens_of(q: Tensor, scale: Tensor, zero: Tensor) -> CpuTokens:
+    """Tokens from codes `q int8 (M, in)` of 0..127 in channel order, `scale` fp32 and `zero` int32 (M,)."""
+    ordered = _buffer(q.shape[0], q.shape[1])
+    ordered[: q.shape[0]] = interleave(q).view(torch.uint8)
+    return CpuTokens(ordered, scale.contiguous(), zero.contiguous(), q.shape[0], q.shape[1])
+
+
 def _call(weight: CpuWeight, tokens: CpuTokens, y: Tensor | None, acc: Tensor | None, level: int) -> None:
     functions = library().functions
     assert functions is not None
@@ -328,10 +335,8 @@ def accumulate(q: Tensor, weight: CpuWeight, level: int = 0) -> Tensor:
         raise ValueError(f"q must be 0..127 on the CPU path, found {int(q.min())}")
     acc = torch.empty((q.shape[0], weight.out_features), dtype=torch.int32, device=_CPU)
     if q.shape[0]:
-        ordered = _buffer(q.shape[0], weight.in_features)
-        ordered[: q.shape[0]] = interleave(q).view(torch.uint8)
         ones, zeros = (torch.ones(q.shape[0], dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.int32))
-        _call(weight, CpuTokens(ordered, ones, zeros, q.shape[0], weight.in_features), None, acc, level)
+        _call(weight, tokens_of(q, ones, zeros), None, acc, level)
     return acc
 
 
