@@ -90,8 +90,9 @@ class SchemeConfig:
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
     act_bits: int = number(4, 4, 16, help="4 or 16 (off)")
-    act_variant: str = choice("piecewise", "uniform", "per_group", help="how the 16 activation codes are spread")
+    act_variant: str = choice("piecewise", "uniform", "planes", "per_group", help="how the 16 activation codes are spread; planes: the sums of four fitted binary planes")
     act_group_size: int = number(64, 8, 4096, help="channels that share an activation scale (per_group only)")
+    outlier_channels: int = number(0, 0, 4096, help="input channels of every linear that stay in INT8, weights and activations (the predecessor's; 0: none)")
     kv_bits: int = number(16, 4, 16, help="4 or 16 (off): keys and values in the cache")
 
 
@@ -300,7 +301,7 @@ def _cross_problems(c: RunConfig) -> list[str]:
     if "stage3" in c.evaluation.baselines and not (c.act_quant.enabled and min(s.act_bits, s.kv_bits) < 16):
         found.append("evaluation.baselines holds stage3, which act_quant.enabled=false or scheme.act_bits=16 leaves out")
     if s.act_bits == 4 and s.act_variant == "per_group":
-        found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise or uniform, or scheme.act_bits=16")
+        found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise, uniform or planes, or scheme.act_bits=16")
     return found + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
 
 

@@ -38,6 +38,7 @@ LEVEL_NAMES = {AVX2: "avx2", AVX512: "avx512-vnni", AMX: "amx-int8"}
 AMX_FROM = 12  # tokens from which AMX beats VNNI
 _CPU = torch.device("cpu")  # buffers name their device and type: defaults may be changed by the caller
 FUSED_UP_TO = 8  # tokens that are cheaper to quantize again for each linear than to share
+QUANTIZES = ("uniform", "piecewise")  # variants of the C++ quantizer
 
 
 class _Weight(ctypes.Structure):
@@ -221,7 +222,7 @@ def quantize(x: Tensor, factors: ActFactors, *, interleaved: bool = True, level:
     functions = library().functions
     if functions is None:
         raise RuntimeError(library().reason)
-    if factors.variant not in ("uniform", "piecewise"):
+    if factors.variant not in QUANTIZES:
         raise ValueError(f"activation variant {factors.variant!r} has no per-token codes")
     if x.dim() != 2 or x.shape[1] == 0 or x.device.type != "cpu" or not x.dtype.is_floating_point:
         raise ValueError(f"activations must be a float CPU matrix (M, in), got {x.dtype} {tuple(x.shape)} on {x.device}")
@@ -267,7 +268,7 @@ class Fused:
         functions = library().functions
         if functions is None:
             raise RuntimeError(library().reason)
-        if factors.variant not in ("uniform", "piecewise"):
+        if factors.variant not in QUANTIZES:
             raise ValueError(f"activation variant {factors.variant!r} has no per-token codes")
         if not weights or any(w.in_features != weights[0].in_features for w in weights):
             raise ValueError(f"the layers of one input must take the same channels, got {[w.in_features for w in weights]}")

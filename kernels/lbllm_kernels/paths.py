@@ -57,7 +57,7 @@ class Path:
     restore: Callable[[Any], PackedWeight] | None = None
     forward: Callable[[Tensor, Any, ActFactors], Tensor] | None = None
     alone_up_to: int = 0
-    variants: tuple[str, ...] = ("uniform", "piecewise")
+    variants: tuple[str, ...] = cpu.QUANTIZES
 
 
 def _cpu_state(level: int) -> tuple[bool, str]:
@@ -76,7 +76,7 @@ def _cpu_accumulate(q: Tensor, weight: cpu.CpuWeight, most: int) -> Tensor:
 
 
 def _cpu_quantize(x: Tensor, factors: ActFactors, most: int) -> cpu.CpuTokens:
-    if factors.variant == "planes":  # the C++ quantizer has no table of planes; the product is the same
+    if factors.variant not in cpu.QUANTIZES:  # quantized in torch; the product is the same
         q, scale, zero = quantize_activations(x, factors)
         return cpu.tokens_of(q, scale.squeeze(1), zero.squeeze(1))
     return cpu.quantize(x, factors, level=min(most, cpu.AVX512))

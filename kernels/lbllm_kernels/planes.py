@@ -41,16 +41,17 @@ def split_planes(q: Tensor, planes: tuple[int, ...]) -> Tensor:
 def pack_bits(bits: Tensor, group_size: int) -> Tensor:
     """Bits u8 `(..., in)` -> bytes u8 `(..., n_groups, ceil(G/8))`; bit i of byte b of a group is its channel 8b + i."""
     channels = bits.shape[-1]
-    grouped = torch.nn.functional.pad(bits, (0, -channels % group_size)).unflatten(-1, (-1, group_size))
-    octets = torch.nn.functional.pad(grouped, (0, -group_size % 8)).unflatten(-1, (-1, 8))
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (octets << shifts).sum(-1, dtype=torch.uint8)
+    grouped = torch.nn.functional.pad(bits, (0, -channels % group_size)).reshape(*bits.shape[:-1], -1, group_size)
+    padded = torch.nn.functional.pad(grouped, (0, -group_size % 8))
+    octets = padded.reshape(*padded.shape[:-1], -1, 8)
+    return (octets << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8)
 
 
 def popcount(octets: Tensor) -> Tensor:
     """Set bits in the last dimension: bytes u8 `(..., n)` -> int64 `(...)`."""
     table = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8, device=octets.device)
-    return table[octets.int()].sum(-1, dtype=torch.int64)
+    counts: Tensor = table[octets.int()]
+    return counts.sum(-1, dtype=torch.int64)
 
 
 def weight_planes(packed: PackedWeight) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lbllm_core.quant.uniform import affine_levels, as_affine, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
+    OutlierColumns,
     QuantizedWeight,
     from_real_levels,
     group_levels,
@@ -265,19 +266,27 @@ class LearningRates:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer around one of the weight views."""
+    """A linear layer around one of the weight views, and the INT8 columns beside it, which stay as they are."""
 
-    def __init__(self, weight: NearestWeight | FrozenWeight | LatentBitmapWeight, bias: Tensor | None):
+    def __init__(self, weight: NearestWeight | FrozenWeight | LatentBitmapWeight, bias: Tensor | None, outliers: OutlierColumns | None = None):
         super().__init__()
-        self.weight_view = weight
+        self.weight_view, self.outliers = weight, outliers
         self.held: Tensor | None = None  # the weight of this step, where somebody computed it once for several passes
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., in)` -> `(..., out)`."""
         bias: Tensor | None = self.bias  # type: ignore[assignment]
-        weight = self.weight_view() if self.held is None else self.held
-        return nn.functional.linear(x, weight, bias)
+        return nn.functional.linear(x, self.weight() if self.held is None else self.held, bias)
+
+    def weight(self) -> Tensor:
+        """The weight `(out, in)` that the codes stand for."""
+        columns: Tensor = self.weight_view()
+        return columns if self.outliers is None else self.outliers.placed(columns)
+
+    def quantized(self) -> QuantizedWeight:
+        """The current weight as a value."""
+        return replace(self.weight_view.quantized(), outliers=self.outliers)
 
 
 @contextmanager
@@ -286,7 +295,7 @@ def weights_held(linears: Sequence[QuantLinear]) -> Iterator[None]:
 
     Making a weight from codes and levels costs as much as using it for a few hundred tokens, so micro-batches share it.
     """
-    made = [linear.weight_view() for linear in linears]
+    made = [linear.weight() for linear in linears]
     for linear, weight in zip(linears, made, strict=True):
         linear.held = weight.detach().requires_grad_()
     try:
