@@ -134,6 +134,9 @@ class WeightDistillConfig:
     bitmap_start: str = choice("soft", "hard", help="latent bitmap starts from the error gap, or at exactly 0 and 1")
     target: str = choice("teacher", "student", help="teacher outputs on the teacher's stream, or on the student's")
     grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
+    joint: bool = flag(False, help="quantized activations from the first step, their clips and knees learn along; stage 3 is left out")
+    lr_clips: float = number(1e-3, 0.0, 1.0, help="clip_max and clip_min of each site (joint only)")
+    lr_knees: float = number(1e-3, 0.0, 1.0, help="knee_low and knee_high of each site (joint only)")
 
 
 @dataclass(frozen=True)
@@ -298,8 +301,12 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"end_to_end.batch_size={c.end_to_end.batch_size} is not a multiple of end_to_end.micro_batch={c.end_to_end.micro_batch}")
     if "stage2" in c.evaluation.baselines and not c.weight_distill.enabled:
         found.append("evaluation.baselines holds stage2, which weight_distill.enabled=false leaves out")
-    if "stage3" in c.evaluation.baselines and not (c.act_quant.enabled and min(s.act_bits, s.kv_bits) < 16):
-        found.append("evaluation.baselines holds stage3, which act_quant.enabled=false or scheme.act_bits=16 leaves out")
+    if "stage3" in c.evaluation.baselines and not (c.act_quant.enabled and min(s.act_bits, s.kv_bits) < 16 and not c.weight_distill.joint):
+        found.append("evaluation.baselines holds stage3, which act_quant.enabled=false, scheme.act_bits=16 or weight_distill.joint=true leaves out")
+    if c.weight_distill.joint and not c.weight_distill.enabled:
+        found.append("weight_distill.joint=true trains activations in stage 2, which weight_distill.enabled=false leaves out")
+    if c.weight_distill.joint and min(s.act_bits, s.kv_bits) == 16:
+        found.append("weight_distill.joint=true has no activations to train; choose scheme.act_bits=4, or weight_distill.joint=false")
     if s.act_bits == 4 and s.act_variant == "per_group":
         found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise, uniform or planes, or scheme.act_bits=16")
     return found + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)

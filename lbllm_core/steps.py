@@ -75,7 +75,9 @@ def weight_distill(context: StepContext) -> Metrics:
     c = context.config
     bench = _Bench(c, context.home, c.weight_distill.sequences)
     start = context.inputs["student"]
-    plan = SweepPlan("weight_distill", True, target_on_student_stream=c.weight_distill.target == "student")
+    variant, act_group = activation_format(c) if c.weight_distill.joint else ("none", 0)
+    kv_bits = c.scheme.kv_bits if c.weight_distill.joint else 16
+    plan = SweepPlan("weight_distill", True, c.weight_distill.target == "student", variant, act_group, kv_bits)
     figures = _sweep(bench, lambda job: distill_block(job, load_block(start, job.index, "none"), c.scheme, c.weight_distill, c.seed), plan, context)
     return _block_metrics("stage2", figures, context)
 

@@ -225,7 +225,7 @@ def _training(c: RunConfig, s: Shapes, sequences: int, epochs: int, batch: int, 
 
 def _weight_distill(c: RunConfig, s: Shapes) -> Work:
     w = c.weight_distill
-    made = _training(c, s, w.sequences, w.epochs, w.batch_size, STEP_BYTES, False)
+    made = _training(c, s, w.sequences, w.epochs, w.batch_size, STEP_BYTES, w.joint and c.scheme.act_bits == 4)
     return replace(made, device=made.device + 36.0 * s.linears)
 
 

@@ -99,7 +99,7 @@ def weight_tensors(weight: QuantizedWeight, entries: int) -> dict[str, Tensor]:
         made["codebook"] = nn.functional.pad(words, (0, entries - words.numel()))
         made["group_codes"] = weight.group_codes.cpu()
     if weight.outliers is not None:
-        made |= {"perm": weight.outliers.perm.cpu(), "outlier_weight": weight.outliers.weight.cpu(), "outlier_scale": weight.outliers.scale.cpu()}
+        made |= {"perm": weight.outliers.perm.cpu().clone(), "outlier_weight": weight.outliers.weight.cpu(), "outlier_scale": weight.outliers.scale.cpu()}
     return made
 
 

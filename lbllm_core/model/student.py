@@ -45,7 +45,7 @@ def state_tensors(state: BlockState) -> dict[str, Tensor]:
             made[f"{path}.group_codes"] = q.group_codes
             made[f"{path}.codebook"] = q.codebook.float().clone()  # linears of a site share it
         if q.outliers is not None:
-            made |= {f"{path}.outliers.{name}": t for name, t in vars(q.outliers).items()}
+            made |= {f"{path}.outliers.{name}": t.clone() for name, t in vars(q.outliers).items()}  # linears of a site share the order
         made[f"{path}.shape"] = torch.tensor([*q.codes.shape, q.group_size])
     made |= {f"{path}.bias": bias.float() for path, bias in state.biases.items()}
     made |= {f"{path}.latent": latent.half() for path, latent in state.latents.items()}
