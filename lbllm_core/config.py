@@ -87,6 +87,7 @@ class SchemeConfig:
     weight_bits: int = number(2, 2, 16, help="2: one bit and one bitmap bit; 16: weights stay as they are")
     level_mode: str = choice("codebook", "explicit", help="four levels from a shared table of quadruples, or stored for each (row, group)")
     level_family: str = choice("free", "affine", "int2", help="four free levels; base + step * code with both in int8; or an INT2 grid with an integer zero (the controls)")
+    snap_levels: bool = flag(True, help="levels are rounded to the int8 grid while they train (straight through); false: only when they are packed")
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
     act_bits: int = number(4, 4, 16, help="4 or 16 (off)")
@@ -94,6 +95,11 @@ class SchemeConfig:
     act_group_size: int = number(64, 8, 4096, help="channels that share an activation scale (per_group only)")
     outlier_channels: int = number(0, 0, 4096, help="input channels of every linear that stay in INT8, weights and activations (the predecessor's; 0: none)")
     kv_bits: int = number(16, 4, 16, help="4 or 16 (off): keys and values in the cache")
+
+    @property
+    def trained_family(self) -> str:
+        """What levels are rounded to while they train: their family's grid, or nothing (`real`)."""
+        return self.level_family if self.snap_levels else "real"
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,7 @@ class WeightDistillConfig:
     polarize: float = number(0.0, 0.0, 1e3, help="weight of the regulariser that drives the latent bitmap to 0 or 1")
     beta_start: float = number(20.0, 0.0, 100.0, help="its exponent at the start")
     beta_end: float = number(2.0, 0.0, 100.0, help="its exponent at the end")
+    pairing: str = choice("low_high", "outer_inner", help="which two of the four sorted levels share a bitmap bit: decides what a bit can flip (latent only)")
     bitmap_start: str = choice("soft", "hard", help="latent bitmap starts from the error gap, or at exactly 0 and 1")
     target: str = choice("teacher", "student", help="teacher outputs on the teacher's stream, or on the student's")
     grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
@@ -285,6 +292,8 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"scheme.group_size={s.group_size} does not go with scheme.level_mode=codebook; choose 16 or 32, or scheme.level_mode=explicit")
     if s.level_family == "int2" and s.level_mode == "codebook":
         found.append("scheme.level_family=int2 has a scale and a zero for each group and no table; choose scheme.level_mode=explicit, or scheme.level_family=affine")
+    if not s.snap_levels and s.level_family != "free":
+        found.append(f"scheme.snap_levels=false leaves levels off their grid while they train, but scheme.level_family={s.level_family} is one; choose scheme.level_family=free")
     if s.group_size % 4:
         found.append(f"scheme.group_size={s.group_size} must be a multiple of 4 (four codes share a byte)")
     if s.level_mode == "codebook" and c.weight_distill.parameterization == "latent":

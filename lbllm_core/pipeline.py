@@ -29,7 +29,7 @@ from lbllm_core.errors import GateError
 
 _MODEL = tuple(f"model.{name}" for name in ("source", "path", "file", "sha256", "context", "add_bos", "blocks"))
 _DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len", "temperature")))
-_WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size", "outlier_channels"))
+_WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size", "outlier_channels", "snap_levels"))
 _ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "act_group_size", "kv_bits"))
 _MEASURED = tuple(f"evaluation.{name}" for name in ("protocols", "tasks", "task_limit", "batch_tokens"))
 STEPS_MODULE = "lbllm_core.steps"

@@ -39,11 +39,11 @@ class _Tensor(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 
 
-def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits: int = 16, family: str = "free") -> nn.Module:
+def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits: int = 16, family: str = "free", pairing: str = "low_high") -> nn.Module:
     """A student block on the teacher block's device.
 
     mode: `nearest` and `latent_*` train from `state.latents`; `frozen` trains levels only; `fixed` trains nothing.
-    family: what levels are rounded to while they train (`quant/uniform.py`).
+    family: what levels are rounded to while they train (`quant/uniform.py`; `real`: nothing). pairing: of latent bitmaps (`model/linear.py`).
     """
     device = next(teacher_block.parameters()).device
     block = _copy_without_linears(teacher_block)
@@ -60,7 +60,7 @@ def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits
         elif mode == "nearest":
             linear = QuantLinear(NearestWeight(q, state.latents[path].to(device), table, family), bias, q.outliers)
         else:
-            linear = QuantLinear(LatentBitmapWeight(q, state.latents[path].to(device), mode == "latent_soft"), bias, q.outliers)
+            linear = QuantLinear(LatentBitmapWeight(q, state.latents[path].to(device), mode == "latent_soft", pairing), bias, q.outliers)
         _replace(block, path, linear)
     for norm in NORMS:
         module: Any = block.get_submodule(norm)

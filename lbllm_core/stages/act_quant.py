@@ -38,7 +38,7 @@ def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config:
     """Stage 3 of one block: search factors, then train them with the levels."""
     if scheme.act_bits == 4:
         start = replace(start, sites=search_factors(job, start, scheme))
-    block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.level_family)
+    block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.trained_family)
     plan = TrainingPlan(
         rates=learning_rates(config), epochs=config.epochs, batch_size=config.batch_size, lr_final=config.lr_final, grad_clip=config.grad_clip, seed=seed
     )

@@ -44,7 +44,7 @@ def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config
         mode = "latent_soft" if config.bitmap_start == "soft" else "latent_hard"
     if config.joint and scheme.act_bits == 4:
         start = replace(start, sites=search_factors(job, start, scheme))
-    block = build_block(job.teacher_block, start, mode, scheme.kv_bits if config.joint else 16, scheme.level_family)
+    block = build_block(job.teacher_block, start, mode, scheme.kv_bits if config.joint else 16, scheme.trained_family, config.pairing)
     plan = TrainingPlan(
         rates=learning_rates(config),
         epochs=config.epochs,

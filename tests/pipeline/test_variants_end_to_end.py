@@ -98,6 +98,13 @@ def test_joint_training_diverges_with_a_remedy_and_keeps_earlier_blocks(home):
         run(home, *words)
 
 
+def test_levels_off_the_grid_are_packed_on_it(home):
+    config, figures, _ = run(home, "experiment=ablation_snap_off", "weight_distill.epochs=1", "end_to_end.steps=2")
+    assert not config.scheme.snap_levels
+    assert figures["pack/logits_sqnr_db"] > 60  # held against the snapped student, not against the one that trained
+    assert perplexity(figures) < 20
+
+
 def test_stage_2_is_known_by_the_activations_only_when_it_trains_them():
     apart, joint = compose(QUICK), compose([*QUICK, "weight_distill.joint=true"])
     assert spec_of("weight_distill", apart) is SPECS["weight_distill"]
@@ -109,12 +116,13 @@ def test_stage_2_is_known_by_the_activations_only_when_it_trains_them():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["scheme.snap_levels=false", "scheme.level_family=affine"], "choose scheme.level_family=free"),
         (["weight_distill.joint=true", "scheme.act_bits=16"], "no activations to train"),
         (["weight_distill.joint=true", "weight_distill.enabled=false"], "weight_distill.enabled=false leaves out"),
         (["weight_distill.joint=true", "evaluation.baselines=[stage3]"], "weight_distill.joint=true leaves out"),
     ],
 )
-def test_joint_training_of_nothing_is_refused(words, told):
+def test_what_contradicts_itself_is_refused(words, told):
     from lbllm_core.errors import ConfigError
 
     with pytest.raises(ConfigError, match=told):
