@@ -18,7 +18,7 @@ from lbllm_core.pipeline import SPECS, plan, spec_of, why_skipped
 from lbllm_core.report.method import control_of, stages_of
 from lbllm_core.run import run_pipeline
 
-QUICK = ["model=tiny", "pack.benchmark=false", "dataset.sequences=32", "ptq_init.sequences=32", "weight_distill.sequences=32", "act_quant.sequences=32", "tracking.enabled=false"]
+QUICK = ["model=tiny", "pack.benchmark=false", "dataset.sequences=32", "ptq_init.sequences=32", "weight_distill.sequences=32", "act_quant.sequences=32", "tracking.enabled=false", "evaluation.baselines=[]"]
 
 
 @pytest.fixture(scope="module")
