@@ -97,7 +97,7 @@ def factors_of(variant: str, numbers: Sequence[float], group_size: int = 0) -> A
 
 
 def _fp32(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)  # made on the device: a CUDA graph can hold it
 
 
 def piecewise_values(zero_point: Tensor, knee_low: float, knee_high: float) -> Tensor:

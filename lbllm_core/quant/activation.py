@@ -77,7 +77,7 @@ def knee_slopes(code: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _codes(
-    x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str, planes: tuple[int, ...] = POWERS_OF_TWO
+    x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str, table: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point of tokens `(n, channels)`, as `lbllm_kernels.activation` defines them; no value leaves the device."""
     steps = 15 if variant == "uniform" else 127
@@ -85,7 +85,7 @@ def _codes(
     if variant == "uniform":
         return ((x / scale).round() + zero).clamp(0, steps).to(torch.int8), scale, zero
     if variant == "planes":
-        table = torch.tensor(plane_values(planes), dtype=x.dtype, device=x.device)
+        assert table is not None
         return table.to(torch.int8)[torch.bucketize(x / scale + zero, (table[1:] + table[:-1]) * 0.5)], scale, zero
     positions = code_positions(zero, knee_low, knee_high)
     cuts = ((positions[..., 1:] + positions[..., :-1]) * 0.5).contiguous()
@@ -103,13 +103,13 @@ class _Quantized(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str, planes: tuple[int, ...]
+        ctx: Any, x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str, table: Tensor | None
     ) -> Tensor:
-        if variant != "planes" and x.device.type == "cpu" and cpu.library().functions is not None:
+        if variant in cpu.QUANTIZES and x.device.type == "cpu" and cpu.library().functions is not None:
             tokens = cpu.quantize(x, ActFactors(variant, float(clip_max), float(clip_min), float(knee_low), float(knee_high)), interleaved=False)
             q, scale, zero = cpu.codes_in_order(tokens).contiguous(), tokens.scale[:, None], tokens.zero[:, None].float()
         else:
-            q, scale, zero = _codes(x, clip_max, clip_min, knee_low, knee_high, variant, planes)
+            q, scale, zero = _codes(x, clip_max, clip_min, knee_low, knee_high, variant, table)
         ctx.save_for_backward(x, q, scale, zero, clip_max, clip_min, knee_low, knee_high)
         ctx.variant, ctx.steps = variant, 15 if variant == "uniform" else PIECEWISE_TOP
         return scale * (q - zero)
@@ -145,9 +145,9 @@ def fake_quantize(
     knee_low: Tensor,
     knee_high: Tensor,
     group_size: int = 0,
-    planes: tuple[int, ...] = POWERS_OF_TWO,
+    table: Tensor | None = None,
 ) -> Tensor:
-    """`X_hat` for activations `(..., channels)` of any float type; computed in float32, returned in x's type."""
+    """`X_hat` for activations `(..., channels)` of any float type; computed in float32, returned in x's type. table `(16,)`: the values of `planes`."""
     wide = x.float()
     if variant in ("uniform", "piecewise", "planes"):
         tokens = wide.reshape(-1, wide.shape[-1])
@@ -156,7 +156,7 @@ def fake_quantize(
         tokens = nn.functional.pad(wide, (0, -wide.shape[-1] % group_size)).reshape(-1, group_size)
     else:
         return x
-    made: Tensor = _Quantized.apply(tokens, clip_max, clip_min, knee_low, knee_high, variant, planes)  # type: ignore[no-untyped-call]
+    made: Tensor = _Quantized.apply(tokens, clip_max, clip_min, knee_low, knee_high, variant, table)  # type: ignore[no-untyped-call]
     made = made.reshape(*wide.shape[:-1], -1)[..., : wide.shape[-1]]
     return made.to(x.dtype)
 
@@ -207,10 +207,12 @@ class ActQuantizer(nn.Module):
     """
 
     outliers: Tensor | None
+    table: Tensor | None
 
     def __init__(self, factors: ActFactors, outliers: Tensor | None = None):
         super().__init__()
         self.variant, self.group_size, self.planes = factors.variant, factors.group_size, factors.planes
+        self.register_buffer("table", torch.tensor(plane_values(factors.planes), dtype=torch.float32) if factors.variant == "planes" else None)
         self.register_buffer("outliers", None if outliers is None else outliers.long())
         self.clip_max = nn.Parameter(torch.tensor(factors.clip_max))
         self.clip_min = nn.Parameter(torch.tensor(factors.clip_min))
@@ -226,7 +228,7 @@ class ActQuantizer(nn.Module):
             return made.index_copy(-1, self.outliers, fake_quantize_outliers(x[..., self.outliers]))
 
     def _codes(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.variant, self.clip_max, self.clip_min, self.knee_low, self.knee_high, self.group_size, self.planes)
+        return fake_quantize(x, self.variant, self.clip_max, self.clip_min, self.knee_low, self.knee_high, self.group_size, self.table)
 
     @torch.no_grad()
     def constrain(self) -> None:

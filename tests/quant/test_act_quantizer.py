@@ -13,6 +13,7 @@ from lbllm_kernels.activation import (
     ActFactors,
     dequantize_activations,
     piecewise_values,
+    plane_values,
     quantize_activations,
     quantize_outliers,
 )
@@ -109,7 +110,8 @@ def test_piecewise_serves_tokens_with_outliers_better():
 
 
 def loss_of(x, variant, values):
-    return (fake_quantize(x, variant, *values) - x).square().sum(-1).mean()
+    table = torch.tensor(plane_values(POWERS_OF_TWO)).float() if variant == "planes" else None
+    return (fake_quantize(x, variant, *values, table=table) - x).square().sum(-1).mean()
 
 
 def slopes(x, variant, at, which, step):
