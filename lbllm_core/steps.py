@@ -71,10 +71,12 @@ def _job_of(step: str, context: StepContext) -> tuple[Work, SweepPlan]:
     if step == "ptq_init":
         return lambda job: quantize_block(job, s, c.ptq_init, c.seed), SweepPlan(step, False)
     start = context.inputs["student"]
+    variant, act_group = activation_format(c)
     if step == "weight_distill":
         plan = SweepPlan(step, True, target_on_student_stream=c.weight_distill.target == "student")
+        if c.weight_distill.joint:
+            plan = replace(plan, variant=variant, act_group_size=act_group, kv_bits=s.kv_bits)
         return lambda job: distill_block(job, load_block(start, job.index, "none"), s, c.weight_distill, c.seed), plan
-    variant, act_group = activation_format(c)
     plan = SweepPlan(step, True, variant=variant, act_group_size=act_group, kv_bits=s.kv_bits)
     return lambda job: refine_block(job, load_block(start, job.index, "none"), s, c.act_quant, c.seed), plan
 

@@ -256,7 +256,7 @@ def _training(c: RunConfig, s: Shapes, sequences: int, epochs: int, batch: int, 
 
 def _weight_distill(c: RunConfig, s: Shapes) -> Work:
     w = c.weight_distill
-    made = _training(c, s, w.sequences, w.epochs, w.batch_size, STEP_BYTES, False)
+    made = _training(c, s, w.sequences, w.epochs, w.batch_size, STEP_BYTES, w.joint and c.scheme.act_bits == 4)
     return replace(made, device=made.device + 36.0 * s.linears)
 
 
@@ -285,7 +285,7 @@ def _end_to_end(c: RunConfig, s: Shapes) -> Work:
 
 def packed_bytes(c: RunConfig, s: Shapes) -> float:
     """The packed folder: linears as the format bills them, embedding and head in 16 bits."""
-    bits = linear_bits(s.hidden, s.hidden, c.scheme.group_size, c.scheme.codebook_size if c.scheme.level_mode == "codebook" else 0)
+    bits = linear_bits(s.hidden, s.hidden, c.scheme.group_size, c.scheme.codebook_size if c.scheme.level_mode == "codebook" else 0, c.scheme.outlier_channels)
     return s.blocks * s.linears * bits.effective_bpw / 8 + 2.0 * s.embedding
 
 

@@ -40,8 +40,8 @@ def suits(block: nn.Module, hardware: Hardware) -> bool:
 
 
 def tiled(block: nn.Module) -> bool:
-    """Whether every linear's weight is a table of whole groups."""
-    return all(kernels().fits(_columns(linear), _group_size(linear)) for linear in quant_linears(block).values())
+    """Whether every linear's weight is a table of whole groups, with no columns of another kind beside it."""
+    return all(linear.outliers is None and kernels().fits(_columns(linear), _group_size(linear)) for linear in quant_linears(block).values())
 
 
 def _columns(linear: QuantLinear) -> int:

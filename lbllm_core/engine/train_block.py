@@ -1,4 +1,4 @@
-"""Training one block: AdamW, cosine schedule, normalised squared error, and a stop at the first NaN.
+"""Training one block: AdamW, cosine schedule, normalised squared error, and a stop when it diverges.
 
     loss = |O_student - O_teacher|^2 / |O_teacher|^2  + lambda * polarization(bitmap)          (arXiv 2604.19167, eqs. 4, 6)
 
@@ -34,7 +34,9 @@ from lbllm_core.model.student_block import constrain, parameter_groups, quant_li
 
 log = logging.getLogger(__name__)
 SMALL_STREAM = 1 << 28  # values up to which the mean of a stream is taken at once
+REMEDY = "Earlier blocks are kept. Try a learning rate ten times lower, or hardware.compute_dtype=fp32"
 CHECK_EVERY = 8  # steps between looks at the loss; each look waits for the device
+DIVERGED = 10.0  # a loss this many times the first one, and above 1, where a block that gives nothing would be: no learning rate comes back
 
 
 @dataclass(frozen=True)
@@ -174,15 +176,18 @@ def _polarization(block: nn.Module, plan: TrainingPlan, progress: Tensor) -> Ten
 
 
 class _LossWatch:
-    """Remembers the last finite loss and names the culprit when one is not."""
+    """Remembers the first and the last finite loss, and names the culprit when one is not finite or far beyond the first."""
 
     def __init__(self, index: int):
-        self.index, self.finite = index, math.nan
+        self.index, self.first, self.finite = index, math.nan, math.nan
 
     def look(self, loss: float, block: nn.Module) -> float:
         if math.isfinite(loss):
+            self.first = loss if math.isnan(self.first) else self.first
+            if loss > max(1.0, DIVERGED * self.first):
+                raise NumericalError(f"block {self.index}: training diverges, the loss went from {self.first:.4g} to {loss:.4g}. {REMEDY}")
             self.finite = loss
             return loss
         bad = [name for name, p in block.named_parameters() if not bool(torch.isfinite(p).all())]
         where = f"first non-finite parameter: {bad[0]}" if bad else "all parameters are finite, so the inputs of the block are not"
-        raise NumericalError(f"block {self.index}: the loss became {loss} ({where}); last finite loss {self.finite:.6g}. Earlier blocks are kept. Try a learning rate ten times lower, or hardware.compute_dtype=fp32")
+        raise NumericalError(f"block {self.index}: the loss became {loss} ({where}); last finite loss {self.finite:.6g}. {REMEDY}")

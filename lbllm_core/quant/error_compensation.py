@@ -75,12 +75,14 @@ def quantize_columns(w: Tensor, hessian: Tensor | None, damping: float, order: O
     """Codes of every weight, and the compensated weights they were chosen for.
 
     w `(out, in)` float32; hessian `(in, in)`, or None for no compensation; order from `sweep_order` -> codes `(out, in)` uint8 and
-    compensated weights `(out, in)` float32 (a weight's value at the moment its column was quantized), both as stored.
+    compensated weights `(out, in)` float32 (a weight's value at the moment its column was quantized), both as stored. Columns behind those
+    of the order are not quantized (code 0): they take up the errors of all others.
     """
     visit = torch.cat([columns for _, columns in order])
+    visit = torch.cat([visit, torch.arange(len(visit), w.shape[1], device=visit.device)])
     upper = None if hessian is None else inverse_factor(hessian[visit][:, visit], damping)
     swept = w[:, visit]
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
     left = 0
     for batch in _batches(order):
         right = left + sum(len(columns) for _, columns in batch)
