@@ -30,7 +30,7 @@ def weights_of(block: nn.Module) -> int:
         module: Any = block.get_submodule(path)
         module = module[1] if isinstance(module, nn.Sequential) else module
         weight = getattr(module, "weight", None)
-        total += module.numel() if weight is None else weight.numel()
+        total += weight.numel() if isinstance(weight, Tensor) else module.numel()
     return total
 
 
