@@ -47,6 +47,8 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
     with servers.prefect_for_this_run(home) as port:
         command = [sys.executable, *FLOW_PROCESS, str(answer), *overrides]
         code = subprocess.run(command, env=os.environ | servers.environment(home, port), check=False).returncode
+        if code < 0:
+            _tell_of_kill(-code, f"http://{servers.HOST}:{port}/api", overrides)
     if code or not answer.exists():
         answer.unlink(missing_ok=True)
         return code if code > 0 else 1
@@ -59,6 +61,16 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
     if record is not None:
         record_results(record, config, result, seconds, memory.peak_gb())
     return 0
+
+
+def _tell_of_kill(number: int, api: str, overrides: Sequence[str]) -> None:
+    """The flow's process could not say itself why it ended, here or on Prefect's page (in MLflow: `tasks/row_guard.py`)."""
+    from flows.prefect_runs import mark_run_crashed
+
+    why = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+    reason = f"the flow's process was ended by signal {number}{why}"
+    print(f"\n{reason}; finished blocks and steps are kept, the same command goes on from there", file=sys.stderr)
+    mark_run_crashed(api, overrides, reason)
 
 
 def show_config(overrides: Sequence[str]) -> int:

@@ -381,7 +381,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, found: list[str]) 
         else:
             try:
                 made[name] = _coerce(kind, value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 found.append(f"{prefix}{name}={value!r} is not of type {getattr(kind, '__name__', kind)}")
     return cls(**made)
 
