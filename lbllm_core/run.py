@@ -58,7 +58,7 @@ def read_config(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     if path is not None:
         try:
             base = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError([f"{path} cannot be read as JSON ({error})"]) from None
         if not isinstance(base, dict):
             raise ConfigError([f"{path} must hold an object of sections, for example {{\"scheme\": {{\"act_bits\": 16}}}}"])

@@ -27,6 +27,8 @@ def trials(bench: Bench) -> Iterator[Trial]:
         yield _finished(bench, harm, random.Random(number))
     for number, harm in enumerate(HARMS[:3]):
         yield _unfinished(bench, harm, random.Random(number))
+    for number, harm in enumerate(HARMS[:3]):
+        yield _record(bench, harm, random.Random(number))
 
 
 def _finished(bench: Bench, harm: str, rng: random.Random) -> Trial:
@@ -66,6 +68,22 @@ def _unfinished(bench: Bench, harm: str, rng: random.Random) -> Trial:
     again = bench.start(*RUN)
     bench.same_again(trial, {}, again)
     trial.expect("block_000.safetensors does not match its checksum" in again.output, f"the block is not named: {again.output[-400:]}")
+    return trial
+
+
+def _record(bench: Bench, harm: str, rng: random.Random) -> Trial:
+    """Prefect's own record of a finished step, which lies beside the manifest and is none of its files."""
+    trial = Trial("damage", f"{harm}: Prefect's record of a step")
+    step = rng.choice(STEPS)
+    key = next(s["key"][:16] for s in bench.result()["steps"] if s["row"] == "final" and s["step"] == step)
+    file = bench.home / "artifacts" / step / key / "prefect.json"
+    other = next(p for p in sorted((bench.home / "artifacts").glob("*/*/prefect.json")) if p != file and ".damaged-" not in p.parent.name)
+    _spoil(harm, file, other, rng)
+    run = bench.start(*RUN)
+    bench.same_again(trial, {}, run)
+    again = bench.start(*RUN)
+    bench.same_again(trial, {}, again)
+    trial.expect(all(s["reused"] for s in bench.result()["steps"]), "a step was built again")
     return trial
 
 

@@ -54,7 +54,7 @@ def _make(place: Path) -> subprocess.Popen[bytes]:
 
 
 def _install(rng: random.Random, update: bool) -> Trial:
-    delay = rng.uniform(0.0, 1.9)
+    delay = rng.uniform(0.0, 1.2 if update else 1.7)  # an undisturbed one takes 1.5 and 1.9 s
     trial = Trial("install", f"killed after {delay:.2f} s of {'an update' if update else 'a fresh install'}")
     place = Path(tempfile.mkdtemp(prefix="lbllm-install-"))
     try:
@@ -73,7 +73,7 @@ def _install(rng: random.Random, update: bool) -> Trial:
         if update:
             os.utime(place / "pyproject.toml")
         done = (place / ".venv" / "steps").read_text().count("done") if (place / ".venv" / "steps").exists() else 0
-        trial.expect(not stamp.exists() or (update and delay < 0.1), "a stamp stands although the install was killed")
+        trial.expect(not stamp.exists() or delay < 0.1, "a stamp stands although the install was killed")
         trial.what += f", {done} of pip's steps done"
         trial.expect(_make(place).wait(60) == 0, "the next install failed")
         trial.expect(stamp.exists(), "no stamp after the next install")
