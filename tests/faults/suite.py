@@ -3,7 +3,7 @@
     python tests/faults/suite.py [--only KIND,...] [--moments 20] [--record results/faults.json]
 
 Prints a line a trial; ends with 1 when one failed (zero are allowed). What this machine cannot do (mount, libfaketime) is skipped with its
-reason. `--record` writes trials and failures by kind, together with the counts of the bad-input tests.
+reason. `--record` writes trials and failures by kind, in place of earlier ones of the same kinds; each carries the commit it was made at.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import store
 import sweeps
 from bench import Bench, Skipped, Trial
 
-from lbllm_core.report.records import write_results
+from lbllm_core.report.records import commit, write_results
 
 COMMAND = "make test-faults"
 
@@ -47,22 +47,24 @@ def groups(bench: Bench, moments: int) -> dict[str, Callable[[], Iterator[Trial]
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="groups, separated by commas")
+    parser.add_argument("--only", default="", help="groups, separated by commas: install, damage, store, sweeps, disk, clock, kill, inputs")
     parser.add_argument("--moments", type=int, default=20, help="kills over the whole flow")
     parser.add_argument("--record", type=Path, help="write trials and failures into this results file")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the trials")
     chosen = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="lbllm-faults-"))
     print(f"trials in {place}", flush=True)
+    only = [name for name in chosen.only.split(",") if name]
     found: list[Trial] = []
     skipped: dict[str, str] = {}
     bench = Bench(place / "home")
     try:
-        bench.up()
-        bench.refer()
-        print(f"undisturbed: {bench.units} units of work", flush=True)
+        if only != ["inputs"] and only != ["install"]:
+            bench.up()
+            bench.refer()
+            print(f"undisturbed: {bench.units} units of work", flush=True)
         for name, trials in groups(bench, chosen.moments).items():
-            if chosen.only and name not in chosen.only.split(","):
+            if only and name not in only:
                 continue
             began = time.monotonic()
             try:
@@ -82,10 +84,13 @@ def main() -> int:
     failures = sum(bool(t.complaints) for t in found)
     print(f"{len(found)} trials, {failures} failures")
     records = fault_records(found, skipped)
-    if chosen.record and not chosen.only:
+    if not only or "inputs" in only:
         inputs, wrong = bad_inputs.records()
-        failures += wrong
-        write_results(chosen.record, COMMAND, records + inputs)
+        records, failures = records + inputs, failures + wrong
+    if chosen.record and records:
+        kinds = {record["kind"] for record in records} | set(skipped)
+        made_at = commit()
+        write_results(chosen.record, COMMAND, [record | {"commit": made_at} for record in records], keep=lambda old: old["kind"] not in kinds)
     return 1 if failures else 0
 
 
