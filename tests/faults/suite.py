@@ -56,6 +56,7 @@ def main() -> int:
     print(f"trials in {place}", flush=True)
     only = [name for name in chosen.only.split(",") if name]
     found: list[Trial] = []
+    made_at = commit()
     skipped: dict[str, str] = {}
     bench = Bench(place / "home")
     try:
@@ -89,7 +90,6 @@ def main() -> int:
         records, failures = records + inputs, failures + wrong
     if chosen.record and records:
         kinds = {record["kind"] for record in records} | set(skipped)
-        made_at = commit()
         write_results(chosen.record, COMMAND, [record | {"commit": made_at} for record in records], keep=lambda old: old["kind"] not in kinds)
     return 1 if failures else 0
 
