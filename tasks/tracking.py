@@ -201,6 +201,7 @@ def deliver(home: Path, entries: Entries) -> None:
     import mlflow.entities as kinds
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs a traceback of what is raised; the caller says it in a sentence
     _probe(home / "mlflow.db")
     client = MlflowClient(store_uri(home))
     if not entries.run_id:
