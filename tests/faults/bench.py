@@ -158,7 +158,8 @@ class Bench:
         for unit in self.finished_units():
             with contextlib.suppress(OSError, ValueError):
                 files = [unit.parent / name for name in json.loads(unit.read_text())["files"]] if unit.name == "manifest.json" else [unit.with_suffix(".safetensors")]
-                if not unit.name.startswith("checkpoint"):
+                handed_on = unit.parent.parent.name == "end_to_end" and unit.name.startswith("block")  # copies out of the last checkpoint
+                if not unit.name.startswith("checkpoint") and not handed_on:
                     kept |= {path: path.stat().st_mtime_ns for path in files}
         return kept
 
