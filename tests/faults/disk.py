@@ -15,7 +15,6 @@ from pathlib import Path
 
 from bench import SMALL, Bench, Trial, mount, mounted
 
-PLAIN = ("-m", "lbllm_core.run", *(o for o in SMALL if o != "model=tiny"), "hardware.preflight=off")
 FLOW = ("-m", "flows.launch", "run", *SMALL, "hardware.preflight=off")
 ROOM = (0, 60, 250)  # kilobytes that are left for the work of the plain run
 FLOW_ROOM = (300, 1200)  # the same for a run with its databases and logs, which grow too
@@ -25,12 +24,15 @@ KB = 1024
 def trials(bench: Bench) -> Iterator[Trial]:
     """Full at several points, without and with Prefect; then read-only."""
     place = Path(tempfile.mkdtemp(prefix="lbllm-disk-"))
+    config = place / "run.json"
+    config.write_text(bench.stack.call("-m", "flows.launch", "config", *SMALL, "hardware.preflight=off").stdout)
+    plain = ("-m", "lbllm_core.run", "--config", str(config))
     try:
         for number, room in enumerate(ROOM):
-            yield _full(bench, place / f"plain{number}", PLAIN, room, False)
+            yield _full(bench, place / f"plain{number}", plain, room, False)
         for number, room in enumerate(FLOW_ROOM):
             yield _full(bench, place / f"flow{number}", FLOW, room, True)
-        yield from _read_only(bench, place)
+        yield from _read_only(bench, place, plain)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -80,12 +82,12 @@ def _equal_artifacts(bench: Bench, small: Bench, trial: Trial) -> None:
     trial.expect(not missing, f"keys that differ from the undisturbed run's: {missing}")
 
 
-def _read_only(bench: Bench, place: Path) -> Iterator[Trial]:
+def _read_only(bench: Bench, place: Path, plain: tuple[str, ...]) -> Iterator[Trial]:
     home = place / "read-only"
     shutil.copytree(bench.home / "models", home / "models", ignore=shutil.ignore_patterns(".*"))
     small = Bench(home)
     for what, folder in (("the whole home", home), ("the folder of one step", home / "artifacts" / "weight_distill")):
-        for name, command in (("plain run", PLAIN), ("make run", FLOW)):
+        for name, command in (("plain run", plain), ("make run", FLOW)):
             trial = Trial("read-only home", f"{what}, {name}")
             with mounted(folder, "--bind", str(folder)):
                 mount("-o", "remount,ro,bind", str(folder))
