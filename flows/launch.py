@@ -24,6 +24,7 @@ import psutil
 
 from flows import servers
 from lbllm_core.engine.artifacts import home_folder
+from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.errors import LbllmError
 
 FLOW_PROCESS = ("-m", "flows.once")
@@ -178,12 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from flows.doctor import doctor
 
             return doctor()
-        home = home_folder()
-        if chosen.action == "run":
-            return run(home, overrides, chosen.record)
-        if chosen.action == "preflight":
-            return preflight(home, overrides, chosen.brief)
-        return {"up": up, "down": down, "status": status}[chosen.action](home)
+        with disk_errors_told():
+            home = home_folder()
+            if chosen.action == "run":
+                return run(home, overrides, chosen.record)
+            if chosen.action == "preflight":
+                return preflight(home, overrides, chosen.brief)
+            return {"up": up, "down": down, "status": status}[chosen.action](home)
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code

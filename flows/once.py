@@ -21,7 +21,7 @@ from prefect import tags
 from flows.cell_process import write_error
 from flows.full_pipeline import lbllm
 from flows.serve import watch_heartbeats
-from lbllm_core.engine.files import write_atomic
+from lbllm_core.engine.files import disk_errors_told, write_atomic
 from lbllm_core.errors import LbllmError
 
 
@@ -43,15 +43,15 @@ def main(arguments: Sequence[str]) -> int:
     answer, overrides = Path(arguments[0]), list(arguments[1:])
     try:
         watch_heartbeats()
-        with tags(*(word.partition("=")[2] for word in overrides if word.startswith("tracking.sweep="))):
+        with disk_errors_told(), tags(*(word.partition("=")[2] for word in overrides if word.startswith("tracking.sweep="))):
             result = lbllm(overrides=overrides)
+            write_atomic(answer, json.dumps(result).encode())
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
         write_error(answer, error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    write_atomic(answer, json.dumps(result).encode())
     return 0
 
 
