@@ -98,7 +98,8 @@ class LabBook:
                 self._row.acquire(timeout=ROW_SECONDS)
             except Timeout:  # the same configuration runs in another process: it keeps its row, this run gets its own
                 self.entries.resume = False
-            self._guard = RowGuard(self.home, self.digest if self.entries.resume else "")
+            with suppress(OSError):  # no room for one more process or its log: the run does without
+                self._guard = RowGuard(self.home, self.digest if self.entries.resume else "")
             _deliver_left_over(self.home)
             self._first_page()
             self.flush()
