@@ -86,6 +86,7 @@ def _read_only(bench: Bench, place: Path, plain: tuple[str, ...]) -> Iterator[Tr
     home = place / "read-only"
     shutil.copytree(bench.home / "models", home / "models", ignore=shutil.ignore_patterns(".*"))
     small = Bench(home)
+    (home / "prefect").mkdir()
     for what, folder in (("the whole home", home), ("the folder of one step", home / "artifacts" / "weight_distill")):
         for name, command in (("plain run", plain), ("make run", FLOW)):
             trial = Trial("read-only home", f"{what}, {name}")

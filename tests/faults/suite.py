@@ -84,6 +84,9 @@ def main() -> int:
             except Skipped as reason:
                 skipped[name] = str(reason)
                 print(f"skipped {name}: {reason}", flush=True)
+            except Exception as error:  # a suite that breaks is a failure, and keeps what it found
+                found.append(Trial(name, "the trial itself", [f"{type(error).__name__}: {error}"]))
+                print(f"FAILED  {name}: the trial itself: {error}", flush=True)
     finally:
         bench.down()
         if not chosen.keep and not any(t.complaints for t in found):
