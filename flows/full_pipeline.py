@@ -25,6 +25,7 @@ from tasks.evaluate_teacher import evaluate_teacher
 from tasks.pack_and_benchmark import pack_and_benchmark
 from tasks.ptq_init import ptq_init
 from tasks.result import publish
+from tasks.score_requests import score_requests
 from tasks.step import Run, prepare_logging
 from tasks.tracking import LabBook
 from tasks.weight_distill import weight_distill
@@ -54,10 +55,13 @@ def lbllm(model: str = "", experiment: str = "", scheme: str = "", dataset: str 
         after["stage2"] = weight_distill(run, student=after["stage1"])
         after["stage3"] = act_quant(run, student=after["stage2"])
         student = end_to_end(run, student=after["stage3"])
-        packed = pack_and_benchmark(run, student=student)
-        evaluate_model(run, packed=packed, teacher=teacher)
+        final = pack_and_benchmark(run, student=student)
+        evaluate_model(run, packed=final, teacher=teacher)
         for row in config.evaluation.baselines:
             beside = run.beside(row)
             packed = pack_and_benchmark(beside, student=after[row] if row in after else ptq_init(beside))
             evaluate_model(beside, packed=packed, teacher=teacher)
+        if config.evaluation.requests:
+            for scored in (None, final):  # the teacher, then the packed model
+                score_requests(run, packed=scored)
         return publish(run, book)

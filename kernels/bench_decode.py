@@ -3,11 +3,14 @@
 Both engines run the same forward pass, written here: RMSNorm, merged q/k/v, RoPE, attention over a static cache, merged gate/up, SwiGLU; only
 the linears differ. The small functions are compiled by torch (eager where that fails; the record says which). A decode step is one CUDA
 graph: token embedding to logits, at a full cache of `CONTEXT` positions. The embedding and lm_head are bf16 in both. `load_s` is the time
-from stored tensors on the GPU to layouts ready to run. Weights are random: numbers about speed and memory only.
+from stored tensors on the GPU to layouts ready to run. Weights are random: numbers about speed and memory only. The packed engine is told
+which weight follows which, and asks it into the L2 (`CudaWeight.followed_by`). Engine "none" leaves the products out: its
+`decode_other_ms` is what both engines spend on everything else.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +54,7 @@ class Shape:
 
 
 SHAPES = (
-    (Shape("llama2_7b", 4096, 11008, 32, 32, 32), ("packed", "bf16")),
+    (Shape("llama2_7b", 4096, 11008, 32, 32, 32), ("packed", "bf16", "none")),
     (Shape("llama2_13b", 5120, 13824, 40, 40, 40), ("packed", "bf16")),
     (Shape("llama2_70b", 8192, 28672, 80, 64, 8), ("packed",)),
 )
@@ -113,11 +116,15 @@ def rope_table(positions: Tensor, head: int) -> tuple[Tensor, Tensor]:
 class Model:
     """Random weights of a shape in one engine, and its forward pass."""
 
-    def __init__(self, shape: Shape, engine: str, small: Small, flags: int = 1):
-        self.shape, self.engine, self.small, self.plan = shape, engine, small, cuda.Plan(flags=flags)
+    def __init__(self, shape: Shape, engine: str, small: Small):
+        self.shape, self.engine, self.small = shape, engine, small
         self.embedding, self.head = (torch.randn(VOCABULARY, shape.hidden, dtype=torch.bfloat16, device="cuda") * 0.02 for _ in range(2))
         self.load_s, self.weights_gb = 0.0, 0.0
         self.layers = [self._layer() for _ in range(shape.layers)]
+        if engine == "packed":
+            products = [layer[name] for layer in self.layers for name in shape.linears()]
+            for weight, following in itertools.pairwise(products):
+                weight.followed_by(following)
         self.last_norm = torch.ones(shape.hidden, dtype=torch.bfloat16, device="cuda")
 
     def _layer(self) -> Layer:
@@ -126,6 +133,9 @@ class Model:
             if self.engine == "bf16":
                 made[name] = torch.randn(n, k, dtype=torch.bfloat16, device="cuda").mul_(k**-0.5)
                 self.weights_gb += made[name].numel() * 2 / 1e9
+                continue
+            if self.engine == "none":
+                made[name] = n
                 continue
             stored = stored_weight(n, k)
             torch.cuda.synchronize()
@@ -141,7 +151,9 @@ class Model:
         return [tuple(torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2)) for _ in range(self.shape.layers)]  # type: ignore[misc]
 
     def product(self, x: Tensor, weight: Any) -> Tensor:
-        return linear(x, weight) if self.engine == "bf16" else cuda.forward(x, weight, FACTORS, plan=self.plan)
+        if self.engine == "none":
+            return x.new_empty((x.shape[0], weight))
+        return linear(x, weight) if self.engine == "bf16" else cuda.forward(x, weight, FACTORS)
 
     def forward(self, tokens: Tensor, position: Tensor, caches: list[tuple[Tensor, Tensor]], table: tuple[Tensor, Tensor], causal: bool) -> Tensor:
         """Token ids (tokens,) at `position` (tokens,) -> logits of the last one, (1, vocabulary)."""
@@ -184,18 +196,20 @@ def median_ms(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     return statistics.median(times[2:])
 
 
-def measure_engine(shape: Shape, engine: str, small: Small, flags: int, prefill: bool) -> dict[str, float]:
+def measure_engine(shape: Shape, engine: str, small: Small, prefill: bool) -> dict[str, float]:
     """The numbers of one engine on one shape, by name."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    model = Model(shape, engine, small, flags)
+    model = Model(shape, engine, small)
     found = {"load_s": model.load_s, "weights_gb": model.weights_gb}
     token, position = torch.tensor([5], device="cuda"), torch.tensor([CONTEXT - 1], device="cuda")
     caches, table = model.caches(CONTEXT), rope_table(position, shape.head)
     logits = model.forward(token, position, caches, table, False)
-    if not bool(torch.isfinite(logits).all()):
+    if engine != "none" and not bool(torch.isfinite(logits).all()):
         raise SystemExit(f"{shape.name} {engine}: logits are not finite")
     step = graph_of(lambda: model.forward(token, position, caches, table, False))
+    if engine == "none":
+        return {"decode_other_ms": median_ms(step, 40)}
     found["decode_tok_s"] = 1e3 / median_ms(step, 40)
     found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     del step
@@ -209,11 +223,11 @@ def measure_engine(shape: Shape, engine: str, small: Small, flags: int, prefill:
     return found
 
 
-UNITS = {"decode_tok_s": "tok/s", "prefill_tok_s": "tok/s", "peak_gb": "GB", "prefill_peak_gb": "GB", "weights_gb": "GB", "load_s": "s"}
+UNITS = {"decode_tok_s": "tok/s", "prefill_tok_s": "tok/s", "peak_gb": "GB", "prefill_peak_gb": "GB", "weights_gb": "GB", "load_s": "s", "decode_other_ms": "ms"}
 
 
 def measure(clock: Any) -> Iterator[dict[str, Any]]:
-    """Records of every shape and engine that time allows; the 7B shape with each way of overlapping launches."""
+    """Records of every shape and engine that time allows."""
     small = Small(compiled=True)
     try:
         small.norm_first(torch.randn(1, 64, dtype=torch.bfloat16, device="cuda"), torch.ones(64, dtype=torch.bfloat16, device="cuda"))
@@ -222,12 +236,11 @@ def measure(clock: Any) -> Iterator[dict[str, Any]]:
         small = Small(compiled=False)
     for shape, engines in SHAPES:
         for engine in engines:
-            for flags in ((1, 3) if engine == "packed" and shape.layers == 32 else (3,)):
-                if clock.over():
-                    clock.say("time is over: the rest of the models is not measured")
-                    return
-                found = measure_engine(shape, engine, small, flags, prefill=shape.layers < 80)
-                context = {"engine": engine, "shape": shape.name, "batch": 1, "context": CONTEXT, "small_functions": small.name, "overlap_flags": flags}
-                for name, value in found.items():
-                    yield {"name": name, "value": value, "unit": UNITS[name], **context}
-                clock.say(f"{shape.name} {engine} flags={flags}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+            if clock.over():
+                clock.say("time is over: the rest of the models is not measured")
+                return
+            found = measure_engine(shape, engine, small, prefill=shape.layers < 80)
+            context = {"engine": engine, "shape": shape.name, "batch": 1, "context": CONTEXT, "small_functions": small.name}
+            for name, value in found.items():
+                yield {"name": name, "value": value, "unit": UNITS[name], **context}
+            clock.say(f"{shape.name} {engine}: " + ", ".join(f"{name} {value:.3g}" for name, value in found.items()))

@@ -63,7 +63,7 @@ def poison(*shapes_and_types: tuple[tuple[int, ...], torch.dtype]) -> None:
 
 def plans(tokens: int) -> list[cuda.Plan]:
     """Every way to cut a decode launch that is compiled."""
-    return [cuda.Plan(rows, warps, flags) for rows in ((1, 2, 3, 4) if tokens <= 8 else (1, 2, 3)) for warps, flags in ((1, 0), (3, 3), (8, 1), (16, 3))]
+    return [cuda.Plan(rows, *cut) for rows in ((1, 2, 3, 4) if tokens <= 8 else (1, 2, 3)) for cut in ((1, 0, 64), (3, 3, 2), (8, 1, 0), (16, 3, 64))]
 
 
 def check_sums(tally: Tally, packed: PackedWeight, tokens: tuple[int, ...], seed: int, every_plan: bool) -> None:
@@ -106,14 +106,21 @@ def special_tokens(n: int, seed: int) -> torch.Tensor:
     return x
 
 
-def check_quantizer(tally: Tally, n: int, seed: int) -> None:
-    odd = [ActFactors("piecewise", 1e-20, 1e-20), ActFactors("piecewise", 1.0, 1.0, 0.0, 1.0), ActFactors("uniform", 1e30, 2.0)]
-    for dtype, factors in itertools.product((torch.float32, torch.float16, torch.bfloat16), [PIECEWISE, ActFactors("uniform", 0.85, 1.1), ActFactors("piecewise"), *odd]):
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+ODD_FACTORS = (ActFactors("piecewise", 1e-20, 1e-20), ActFactors("piecewise", 1.0, 1.0, 0.0, 1.0), ActFactors("uniform", 1e30, 2.0))
+ALL_FACTORS = (PIECEWISE, ActFactors("uniform", 0.85, 1.1), ActFactors("piecewise"), *ODD_FACTORS)
+
+
+def check_quantizer(tally: Tally, n: int, seed: int, variants: tuple[ActFactors, ...] = ALL_FACTORS, types: tuple[torch.dtype, ...] = TYPES) -> None:
+    for dtype, factors in itertools.product(types, variants):
         x = torch.cat([special_tokens(n, seed), torch.randn(30, n, generator=torch.Generator().manual_seed(seed + 1))]).to(dtype)
         q, scale, zero = quantize_activations(x, factors)
         tokens = cuda.quantize(x.cuda(), factors)
+        few = cuda.quantize(x[:16].cuda(), factors)  # several blocks a token
         what = f"quantizer in={n} {dtype} {factors}"
         tally.equal(tokens.q, pad_tokens(q).cuda(), f"codes, {what}")
+        tally.equal(few.q, tokens.q[:16], f"codes of few tokens, {what}")
+        tally.equal(few.scale, tokens.scale[:16], f"scale of few tokens, {what}")
         tally.equal(cuda.codes_in_order(cuda.quantize(x.cuda(), factors, path="hopper")), q.cuda(), f"codes in wgmma order, {what}")
         tally.equal(tokens.scale, scale[:, 0].cuda(), f"scale, {what}")
         tally.equal(tokens.zero, zero[:, 0].cuda(), f"zero, {what}")
@@ -127,11 +134,11 @@ def expected_output(packed: PackedWeight, x: torch.Tensor, factors: ActFactors, 
     return y.to(dtype)
 
 
-def check_outputs(tally: Tally, packed: PackedWeight, seed: int, tokens: tuple[int, ...]) -> None:
+def check_outputs(tally: Tally, packed: PackedWeight, seed: int, tokens: tuple[int, ...], types: tuple[torch.dtype, ...] = TYPES) -> None:
     out, n = packed.out_features, packed.in_features
     weight = cuda.CudaWeight(packed)
     rows = torch.cat([special_tokens(n, seed), torch.randn(max(tokens), n, generator=torch.Generator().manual_seed(seed))])
-    for dtype, factors in itertools.product((torch.float32, torch.float16, torch.bfloat16), (PIECEWISE, ActFactors("uniform"))):
+    for dtype, factors in itertools.product(types, (PIECEWISE, ActFactors("uniform"))):
         x = rows.to(dtype).cuda()
         whole = expected_output(packed, x, factors, dtype)
         for m, path in itertools.product(tokens, ("fused", *PATHS)):
@@ -148,6 +155,8 @@ def check_outputs(tally: Tally, packed: PackedWeight, seed: int, tokens: tuple[i
 def check_graphs(tally: Tally, size: int) -> None:
     """A chain of layers whose launches overlap, in a graph, replayed on new inputs: equal to layer after layer with waits between."""
     weights = [cuda.CudaWeight(on_gpu(random_packed(size, size, 32, "codebook", seed))) for seed in range(4)]
+    for weight, following in itertools.pairwise(weights):
+        weight.followed_by(following)
     for m, path, flags in ((1, "fused", 0), (1, "fused", 2), (4, "fused", 3), (1, "decode", 1), (8, "decode", 3), (16, "decode", 3), (40, "narrow", 3), (200, "wide", 3), (300, "", 3)):
         plan = cuda.Plan(flags=flags)
         x = torch.randn(m, size, dtype=torch.float16, device="cuda")
@@ -198,6 +207,20 @@ def check_operator(tally: Tally) -> None:
     tally.equal(cuda_ops.linear(x, weight, PIECEWISE), plain, "operator")
     compiled = torch.compile(lambda v: cuda_ops.linear(v, weight, PIECEWISE) + 1, backend="aot_eager", fullgraph=True)
     tally.equal(compiled(x), plain + 1, "compiled operator")
+
+
+def check_each_kernel(say: Callable[[str], Any]) -> tuple[int, list[str]]:
+    """Every kernel once or twice on small inputs: what a sanitizer, a hundred times slower, can get through in seconds."""
+    tally = Tally()
+    check_quantizer(tally, 4104, 1, (ActFactors("uniform", 0.85, 1.1), PIECEWISE), (torch.float16,))
+    for index, (mode, group) in enumerate((("explicit", 128), ("codebook", 16), ("codebook", 32))):
+        packed = on_gpu(random_packed(130, 1000, group, mode, index))
+        check_sums(tally, packed, (1, 9, 33), index, every_plan=False)
+        if index:
+            check_outputs(tally, packed, index, (2, 16, 40), (torch.float16,))
+    torch.cuda.synchronize()
+    say(f"each kernel: {tally.checks} checks, {len(tally.failures)} failed")
+    return tally.checks, tally.failures
 
 
 def check(say: Callable[[str], Any], small: bool = False) -> tuple[int, list[str]]:

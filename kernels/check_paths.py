@@ -5,14 +5,22 @@ on the CPU: codes, scales and zero points of the quantizer, int32 sums, fp32 out
 and even, both level modes, both variants, 0 to 2000 tokens; inputs are misaligned, not contiguous, not finite. Outputs and workspaces
 are poisoned: `torch.empty` is told to fill what it gives. Each path also runs on a stream of its own and inside a replayed CUDA
 graph. Prints one table; exit 1 on any difference, 2 where there is no GPU. It measures nothing.
+
+Most of the time goes into the reference on the CPU, and on the Triton path into compiling some hundred variants of its kernels; so weights
+are dealt to processes (`--processes`, by default one a CPU core, at most 16). After `--minutes` no further weight is begun, and the table
+says how many were not.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -49,6 +57,13 @@ class Row:
         self.wrong[kind] += bad
         if bad and not self.first:
             self.first = f"{kind} of {what}"
+
+    def add(self, other: Row) -> None:
+        """Take another process's counts in."""
+        self.cases += other.cases
+        self.integers += other.integers
+        self.wrong = {kind: bad + other.wrong[kind] for kind, bad in self.wrong.items()}
+        self.first = self.first or other.first
 
 
 @contextmanager
@@ -147,20 +162,43 @@ def check_stream_and_graph(path: Path, device: torch.device, row: Row) -> None:
             row.first = row.first or f"graph: {str(error).splitlines()[0]}"
 
 
-def check(path: Path, device: torch.device) -> Row:
-    """Everything about one path."""
-    row = Row()
-    with poisoned():
-        for n, k in SHAPES:
-            for mode, group in MODES:
-                packed = random_packed(n, k, group, mode, seed=n, entries=200, extreme=(n, k) == (96, 1040))
-                if path.unsupported(to_device(packed, device)) is not None:
-                    continue
-                for factors in FACTORS if n * k < LARGE else FACTORS[1:2]:
-                    check_shape(path, packed, factors, device, row, f"{n} x {k}, {mode}, G={group}, {factors.variant}")
-    if path.name != "reference":
+Task = tuple[tuple[int, int], tuple[str, int]] | None  # shape and level mode of a weight; None: streams and graphs
+
+
+def check_task(name: str, device_name: str, task: Task, threads: int, until: float) -> Row | None:
+    """One weight by one path, in a process of its own; None when the time (`time.time()`) is over."""
+    if time.time() > until:
+        return None
+    torch.set_num_threads(threads)
+    path, device, row = PATHS[name], torch.device(device_name), Row()
+    if task is None:
         check_stream_and_graph(path, device, row)
+        return row
+    (n, k), (mode, group) = task
+    packed = random_packed(n, k, group, mode, seed=n, entries=200, extreme=(n, k) == (96, 1040))
+    if path.unsupported(to_device(packed, device)) is not None:
+        return row
+    with poisoned():
+        for factors in FACTORS if n * k < LARGE else FACTORS[1:2]:
+            check_shape(path, packed, factors, device, row, f"{n} x {k}, {mode}, G={group}, {factors.variant}")
     return row
+
+
+def check(path: Path, device: torch.device, processes: int, until: float) -> tuple[Row, int]:
+    """Everything about one path, and how many weights were not begun in time. Large weights first, so that no process ends late."""
+    row, left = Row(), 0
+    weights = sorted(itertools.product(SHAPES, MODES), key=lambda task: -task[0][0] * task[0][1])
+    tasks: list[Task] = [*weights[:4], *([] if path.name == "reference" else [None]), *weights[4:]]
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(check_task, path.name, str(device), task, threads, until) for task in tasks]
+        for future in as_completed(futures):
+            found = future.result()
+            if found is None:
+                left += 1
+            else:
+                row.add(found)
+    return row, left
 
 
 def main(arguments: list[str]) -> int:
@@ -168,6 +206,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="where the weights are; cpu checks the CPU paths the same way")
     parser.add_argument("--paths", default="", help="comma-separated; default: all that are present")
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--minutes", type=float, default=30.0)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -183,16 +223,18 @@ def main(arguments: list[str]) -> int:
     print(f"{name}, torch {torch.__version__}; dispatch would choose: {dispatch.describe(options.device)}")
     head = ("codes", "sums", "fp32", "half", "stream", "graph")
     print(f"{'path':12} {'cases':>6} {'compared':>13} " + " ".join(f"{h:>7}" for h in head) + "  first difference")
-    failed = False
+    failed, until = False, time.time() + 60 * options.minutes
     for wanted_name in wanted:
         path = PATHS[wanted_name]
         present, why = path.state()
         if not present:
             print(f"{wanted_name:12} absent: {why}")
             continue
-        row = check(path, device) if device.type == "cuda" else check_without_gpu(path, device)
+        start = time.time()
+        row, left = check(path, device, options.processes, until) if device.type == "cuda" else (check_without_gpu(path, device), 0)
         failed |= any(row.wrong.values())
-        print(f"{wanted_name:12} {row.cases:6} {row.integers:13,} " + " ".join(f"{row.wrong[h]:7}" for h in head) + f"  {row.first or '-'}", flush=True)
+        line = f"{wanted_name:12} {row.cases:6} {row.integers:13,} " + " ".join(f"{row.wrong[h]:7}" for h in head) + f"  {row.first or '-'}"
+        print(line + (f"  ({left} weights were not checked: out of time)" if left else "") + f"  [{time.time() - start:.0f} s]", flush=True)
     return int(failed)
 
 

@@ -4,7 +4,8 @@ A small model does not fill a large GPU: its kernels take microseconds and the p
 share it, each in a process of its own (several GPUs are filled evenly), all with one home folder: steps that two runs have in common are done once (the second
 waits at the step's lock and reuses it). A configuration file is what `make config ARGS=...` prints.
 
-Every run has a log in `<home>/logs`; its rows are recorded when it ends. `--minutes` ends the batch early: what is finished is
+Every run has a log in `<home>/logs`; its rows are recorded when it ends, and what it scored for zero-shot tasks (`evaluation.requests`) is
+put beside the record. `--set` changes a field in all runs. `--minutes` ends the batch early: what is finished is
 kept, and the same command goes on from there. Exit code 1 when a run failed or had to be stopped.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from lbllm_core.engine.artifacts import home_folder, prepare_home
 from lbllm_core.errors import LbllmError
 from lbllm_core.report.method import same_row
 from lbllm_core.report.records import Record, read_results, write_results
+from lbllm_core.report.score_records import collect_scores, scores_folder
 from lbllm_core.report.tables import pivot, plain
 
 POLL_SECONDS = 0.5
@@ -33,19 +36,21 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its configuration file, where its words and its rows go."""
+    """One run: its configuration file, where its words and its rows go, and what is changed in its configuration."""
 
     config: Path
     log: Path
     rows: Path
+    overrides: tuple[str, ...] = ()
 
 
 def start(job: Job, home: Path, gpu: int | None) -> subprocess.Popen[bytes]:
     """The run as a process that sees one GPU (None: as this process does); what it says goes into the log."""
     seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     job.rows.unlink(missing_ok=True)
+    shutil.rmtree(scores_folder(job.rows), ignore_errors=True)
     with job.log.open("wb") as log:
-        command = [sys.executable, "-m", "lbllm_core.run", "--config", str(job.config), "--home", str(home), "--record", str(job.rows)]
+        command = [sys.executable, "-m", "lbllm_core.run", "--config", str(job.config), "--home", str(home), "--record", str(job.rows), *job.overrides]
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | seen)
 
 
@@ -89,6 +94,7 @@ def _last_words(log: Path) -> str:
 def collect(jobs: Sequence[Job], record: Path) -> list[Record]:
     """Put the rows of the finished runs into the results file, in place of older ones of the same runs."""
     found = [r for job in jobs if job.rows.exists() for r in read_results(job.rows)["records"]]
+    collect_scores([job.rows for job in jobs if job.rows.exists()], record)
     found = [r for i, r in enumerate(found) if not any(same_row(r, later) for later in found[i + 1 :])]
     if found:
         names = " ".join(job.config.name for job in jobs)
@@ -104,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes")
     parser.add_argument("--home", type=Path, help="home folder for artifacts (default: LBLLM_HOME, else .lbllm)")
     parser.add_argument("--record", type=Path, required=True, help="results file to add the rows to")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a field in every run; may be repeated")
     chosen = parser.parse_args(arguments)
     try:
         for path in chosen.configs:
@@ -111,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         home = prepare_home(chosen.home) if chosen.home else home_folder()
         logs = home / "logs"
         logs.mkdir(exist_ok=True)
-        jobs = [Job(path, logs / f"{path.stem}.log", logs / f"{path.stem}.rows.json") for path in chosen.configs]
+        jobs = [Job(path, logs / f"{path.stem}.log", logs / f"{path.stem}.rows.json", tuple(chosen.set)) for path in chosen.configs]
         outcome = run_all(jobs, home, max(1, chosen.jobs), 60 * chosen.minutes)
         records = collect(jobs, chosen.record)
     except (OSError, ValueError) as error:

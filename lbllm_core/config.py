@@ -101,6 +101,7 @@ class PtqInitConfig:
 
     method: str = choice("em", "rtn", help="em: Hessian-weighted four-means; rtn: round to nearest on a min-max grid")
     error_compensation: bool = flag(True, help="push each column's error into the columns that remain (GPTQ)")
+    heaviest_first: bool = flag(True, help="compensate in the order of falling importance (of groups, and of columns inside one), not in that of storage")
     smoothing_exponent: float = number(0.6, 0.0, 1.0, help="foldable per-channel smoothing; 0: off")
     sequences: int = number(64, 1, 1 << 24, help="sequences used for the Hessians (the first ones)")
     damping: float = number(0.01, 1e-6, 1.0, help="share of the mean diagonal added to the Hessian")
@@ -190,6 +191,7 @@ class EvaluationConfig:
     tasks: tuple[str, ...] = words(help="zero-shot tasks")
     task_limit: int = number(0, 0, 1 << 20, help="examples a task (0: the full split); part of the metric's name")
     batch_tokens: int = number(4096, 16, 1 << 20, help="tokens a forward pass")
+    requests: str = text(help="requests file of zero-shot tasks that teacher and final model score without lm-eval, absolute or relative to LBLLM_DATA; empty: none")
     baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage2, stage3 (the model after that stage), stage1_explicit, rtn")
     expected: dict[str, float] = field(default_factory=dict, metadata={"help": "row/metric -> published or earlier value, shown beside the measured one; never part of a key, stops nothing"})
     tolerance: float = number(0.05, 0.0, 1.0, help="relative difference up to which a measured value counts as the expected one")

@@ -3,6 +3,7 @@
     teacher ──────────────────────────────────────────────┐ (first: its gate stops a run that cannot mean anything)
     ptq_init → weight_distill → act_quant → end_to_end → pack_and_benchmark → evaluate_model      the row `final`
         └──────────────────────────────────────────────→ pack_and_benchmark → evaluate_model      the row `stage1`, likewise stage2, stage3
+    with `evaluation.requests`, last: score_requests for the teacher and for the row `final` (`evaluation/offline_tasks.py`)
 
 `plan(config)` lists the steps of one run; baseline rows are the same steps under a changed config, so that they share the
 cache with everything else. Nothing here knows how a step is executed: `run.py` walks the plan in this process, `flows/`
@@ -55,6 +56,7 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
             _spec("end_to_end", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "end_to_end"),
             _spec("pack_and_benchmark", *_MODEL, "model.license", *_DATA, "scheme", "pack"),
             _spec("evaluate_model", *_MODEL, *_MEASURED, *_ACTIVATIONS),
+            _spec("score_requests", *_MODEL, "evaluation.requests", "evaluation.batch_tokens"),
         )
     }
 )
@@ -112,6 +114,10 @@ def plan(config: RunConfig) -> tuple[PlannedStep, ...]:
         steps += _measured(config, "final", student)
         for row in config.evaluation.baselines:
             steps += baseline_steps(config, row)
+    if config.evaluation.requests:
+        steps.append(PlannedStep("teacher/score_requests", SPECS["score_requests"], config, "teacher"))
+        if student:
+            steps.append(PlannedStep("score_requests", SPECS["score_requests"], config, "final", {"packed": "pack_and_benchmark"}))
     return tuple(steps)
 
 
@@ -153,13 +159,17 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
     from lbllm_core.data.self_generated import generated_digest
     from lbllm_core.data.tokens import data_digest, evaluation_digest
     from lbllm_core.engine.hardware import resolve
+    from lbllm_core.evaluation.request_file import located
     from lbllm_core.model.load import teacher_digest
+    from lbllm_core.model.store import file_digest
 
     found = resolve(config.hardware).describe() | {"model weights": weights or teacher_digest(config.model, home)}
     if any(name.startswith("dataset.") for name in spec.fields):
         found["calibration text"] = generated_digest(config, home) if config.dataset.source == "self_generated" else data_digest(config.dataset)
-    if any(name.startswith("evaluation.") for name in spec.fields):
+    if "evaluation.protocols" in spec.fields:
         found["evaluation data"] = evaluation_digest(config)
+    if "evaluation.requests" in spec.fields:
+        found["requests"] = file_digest(located(config.evaluation.requests))
     if spec.name == "pack_and_benchmark":  # the products are the same on every path, their speed is not
         found["CPU kernels"] = _kernels()
     return found

@@ -30,6 +30,7 @@ from lbllm_core.pipeline import Finished, check_gate, facts, plan, why_skipped
 from lbllm_core.report.expected import expectations_plain
 from lbllm_core.report.method import method_records
 from lbllm_core.report.records import write_results
+from lbllm_core.report.score_records import keep_scores
 from lbllm_core.report.summary import result_rows, step_cells, step_entries
 from lbllm_core.report.tables import comparison, plain
 
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = result_rows(finished)
     if chosen.record:
         write_results(chosen.record, f"python -m lbllm_core.run ({config.experiment})", method_records(config, rows))
+        keep_scores(chosen.record, config, finished, rows, home)
     print(plain(comparison(rows)))
     if config.evaluation.expected:
         print(expectations_plain(rows, config.evaluation))

@@ -8,6 +8,7 @@
     end_to_end           student                    student
     pack_and_benchmark   student                    packed/ (a model folder), packing.json
     evaluate_model       packed, teacher            metrics only
+    score_requests       packed, or nothing         scores.safetensors
 
 Stages are pure; files are touched here and in the ledger. `curves.json` holds what is a curve rather than a number:
 `{"name": [[index, value], ...]}`, such as the error of each block. A step that died is called again with the same folder and
@@ -36,6 +37,7 @@ from lbllm_core.model.card import Origin
 from lbllm_core.model.student import BlockState, block_file, load_block, state_tensors
 
 STUDENT_SCHEMA = 1
+SCORES = "scores.safetensors"
 
 
 class _Bench:
@@ -171,6 +173,17 @@ def evaluate_model(context: StepContext) -> Metrics:
 
     tokenizer = load_teacher(context.config.model, context.home).tokenizer
     return _measure(context, load_packed(context.inputs["packed"] / "packed", resolve(context.config.hardware).device), tokenizer)
+
+
+def score_requests(context: StepContext) -> Metrics:
+    """Every log-likelihood of the requests file, by the packed model where one is given, else by the teacher in float32."""
+    from lbllm_core.evaluation.request_file import located, read_requests
+    from lbllm_core.evaluation.request_scores import score_model
+
+    requests = read_requests(located(context.config.evaluation.requests))
+    packed = context.inputs["packed"] / "packed" if "packed" in context.inputs else None
+    scores = score_model(context.config, context.home, requests, context.folder / SCORES, packed, context.report)
+    return {"zero_shot/requests": float(len(requests)), "zero_shot/mean_log_likelihood": float(scores.values.mean())}
 
 
 def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:

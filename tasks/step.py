@@ -88,7 +88,7 @@ class Step:
         if state.name == "Cached" and not _record_is_true(state, folder_of(run.home, self.name, key)):
             state, _ = self._run(run, upstream, curves)
         handle = _handle_of(state)
-        row = "teacher" if self.name == "evaluate_teacher" else run.row
+        row = "teacher" if self.name == "evaluate_teacher" or (self.name == "score_requests" and not upstream) else run.row
         minutes = max(read_seconds(handle.folder(run.home)), 0.0 if handle.reused else time.monotonic() - began) / 60
         done = pipeline.Finished(row, handle, minutes)
         run.finished.append(done)

@@ -49,6 +49,7 @@ SECTION_OF = {
     "end_to_end": "stage4",
     "pack_and_benchmark": "pack",
     "evaluate_model": "eval",
+    "score_requests": "eval",
 }
 
 

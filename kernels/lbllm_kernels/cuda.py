@@ -14,8 +14,12 @@ every argument before a pointer crosses.
 | `hopper` (`hopper128`, `hopper256`) | any, on Hopper: wgmma | two, likewise; tokens in the order that wgmma reads |
 | `library` | more than 16 | expand to int8, cuBLASLt's int8 product, finish: kept to compare with |
 
+Which path, and how decode launches are cut, was measured for the shapes in `cuda_plans.json`; other shapes follow rules.
+
 **Streams and graphs.** Everything runs on torch's current stream of the tensor's device; memory comes from torch's allocator; nothing
-synchronizes; every launch's return code is checked. Calls may be captured into a CUDA graph.
+synchronizes; every launch's return code is checked. Calls may be captured into a CUDA graph. On Hopper a launch overlaps the end of the
+kernel before it on the stream, and reads the weight before that kernel is done: a weight's tensors must not be written by the very last
+kernel before a call (`CudaWeight(packed)` sees to that; whoever lays tensors out anew for `from_layout` must).
 
 **Trade-off.** The layout is not the stored one; `stored` gives that back bit by bit, so that nobody needs to keep both.
 """
@@ -30,13 +34,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbllm_kernels import cuda_plans
 from lbllm_kernels.activation import PIECEWISE_TOP, UNIFORM_TOP, ActFactors
 from lbllm_kernels.cuda_layout import TILE_ROWS, channel_order, pad_tokens, padded_channels, wgmma_order
 from lbllm_kernels.cuda_weight import CudaWeight, device_reason, ensure, functions, library, state, stored, stream_of, unsupported
 
 __all__ = [
     "CudaTokens", "CudaWeight", "Plan", "accumulate", "choose_path", "codes_in_order", "device_reason", "expanded", "forward", "is_hopper", "library",
-    "linear", "quantize", "state", "stored", "unsupported",
+    "linear", "planned", "quantize", "state", "stored", "unsupported",
 ]  # fmt: skip
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -44,17 +49,21 @@ PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5
 MOST_TOKENS = {"fused": 8, "decode": 16}
 FUSED_UP_TO = 1  # tokens that are cheaper to quantize again in every block than in a launch of their own
 HOPPER_FROM = 257  # tokens from which wgmma beats mma.sync
-FUSED_BYTES = 92 << 10  # what every covered device gives a block
+FUSED_BYTES = 88 << 10  # with what the kernels declare themselves: what every covered device gives a block
 OVERLAP_PAIR, OVERLAP_PREVIOUS, WGMMA_ORDER = 1, 2, 4  # previous: only when the weight's tensors were complete before the kernel that ran last
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a decode launch is cut: row tiles and warps a block, 0 to let the C++ side choose; which launches may overlap."""
+    """How a decode launch is cut: row tiles and warps a block, 0 to let the C++ side choose; which launches may overlap.
+
+    `prefetch`: k tiles that a block asks into the L2 beside those it loads at once; negative lets the C++ side choose.
+    """
 
     row_tiles: int = 0
     warps: int = 0
-    flags: int = OVERLAP_PAIR
+    flags: int = OVERLAP_PAIR | OVERLAP_PREVIOUS
+    prefetch: int = -1
 
 
 DEFAULT_PLAN = Plan()
@@ -91,6 +100,27 @@ def choose_path(tokens: int, hopper: bool) -> str:
     if tokens <= MOST_TOKENS["decode"]:
         return "decode"
     return "hopper" if hopper and tokens >= HOPPER_FROM else "auto"
+
+
+def planned(tokens: int, weight: CudaWeight, plan: Plan = DEFAULT_PLAN) -> tuple[str, Plan]:
+    """Path and plan of `forward` when the caller names no path: measured for this device and shape where there is one, else by the rules.
+
+    A plan that says how to cut keeps its word; of DEFAULT_PLAN and those that only set flags, the flags.
+    """
+    index = weight.device.index or 0
+    by_rule = choose_path(tokens, is_hopper(index)), plan
+    if plan.row_tiles or plan.warps:
+        return by_rule
+    levels = f"{'codebook' if weight.words is None else 'explicit'}-{weight.group_size}"
+    cut = cuda_plans.find(_device_name(index), weight.out_features, weight.in_features, levels, tokens)
+    if cut is None or (cut.path == "fused" and tokens * (weight.padded + 16) > FUSED_BYTES):
+        return by_rule
+    return cut.path, Plan(cut.row_tiles, cut.warps, plan.flags, cut.prefetch)
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def _reordered(tokens: CudaTokens, wgmma: bool) -> CudaTokens:
@@ -162,7 +192,7 @@ def _product(tokens: CudaTokens, weight: CudaWeight, y: Tensor | None, acc: Tens
         code = functions().lut8_cuda_product(
             weight.address, tokens.q.data_ptr(), tokens.scale.data_ptr(), tokens.zero.data_ptr(), tokens.tokens,
             None if y is None else y.data_ptr(), 0 if y is None else DTYPES[y.dtype], None if acc is None else acc.data_ptr(),
-            PATHS[path], plan.row_tiles, plan.warps, plan.flags & OVERLAP_PREVIOUS, stream_of(weight.device),
+            PATHS[path], plan.row_tiles, plan.warps, plan.prefetch, plan.flags & OVERLAP_PREVIOUS, stream_of(weight.device),
         )  # fmt: skip
     ensure(code, f"product of {tokens.tokens} tokens with {weight.out_features} x {weight.in_features} by path {path}")
 
@@ -197,6 +227,9 @@ def _output_dtype(dtype: torch.dtype) -> torch.dtype:
 def linear(tokens: CudaTokens, weight: CudaWeight, dtype: torch.dtype = torch.float32, *, path: str = "auto", plan: Plan = DEFAULT_PLAN) -> Tensor:
     """Outputs `(M, out)` of quantized tokens in `dtype`; bit-equal to `reference.linear`, cast."""
     y = torch.empty((tokens.tokens, weight.out_features), dtype=_output_dtype(dtype), device=weight.device)
+    if path == "auto" and not tokens.wgmma:
+        measured = planned(tokens.tokens, weight, plan)
+        path, plan = measured if measured[0] in ("decode", "narrow", "middle", "wide") else (path, plan)  # the others want other tokens
     if y.numel():
         _product(tokens, weight, y, None, path, plan)
     return y.to(dtype)
@@ -206,7 +239,8 @@ def forward(x: Tensor, weight: CudaWeight, factors: ActFactors, *, path: str = "
     """`x (M, in)` -> `(M, out)` in x's dtype: quantizer and product in one call, one or two launches. The usual entry."""
     dtype, (top, numbers), x = x.dtype, _numbers(factors), _checked_input(x)
     tokens, in_features = x.shape
-    path = path or choose_path(tokens, is_hopper(x.device.index))
+    if not path:
+        path, plan = planned(tokens, weight, plan)
     _check_path(path, tokens, weight)
     if in_features != weight.in_features:
         raise ValueError(f"tokens have {in_features} channels; the layer takes {weight.in_features}")
@@ -222,7 +256,7 @@ def forward(x: Tensor, weight: CudaWeight, factors: ActFactors, *, path: str = "
     with torch.cuda.device(x.device):
         code = functions().lut8_cuda_linear(
             weight.address, x.data_ptr(), DTYPES[x.dtype], tokens, top, numbers, q, scale, scale + 4 * tokens,
-            y.data_ptr(), DTYPES[y.dtype], PATHS[path], plan.row_tiles, plan.warps, plan.flags, stream_of(x.device),
+            y.data_ptr(), DTYPES[y.dtype], PATHS[path], plan.row_tiles, plan.warps, plan.prefetch, plan.flags, stream_of(x.device),
         )  # fmt: skip
     ensure(code, f"linear of {tokens} tokens with {weight.out_features} x {weight.in_features} by path {path}")
     return y.to(dtype)

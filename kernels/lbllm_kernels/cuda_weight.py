@@ -35,6 +35,8 @@ from lbllm_kernels.cuda_layout import (
 )
 from lbllm_kernels.format import MAX_CODEBOOK, PackedWeight, count_groups
 
+_MOST_AHEAD = 24 << 20  # bytes of a following weight's codes that are asked into the L2, and an eighth of that of its levels
+ALIGNMENT = 16  # bytes; of every address that the kernels read words of 16 bytes from
 _MOST_CELLS = 1 << 24  # row tiles x k tiles: the kernels' 32-bit indices hold
 
 
@@ -42,6 +44,7 @@ class WeightBlock(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int32) for name in ("out", "in_", "row_tiles", "k_tiles", "groups_per_tile", "device")],
         *[(name, ctypes.c_void_p) for name in ("codes", "words", "group_codes", "codebook", "row_scale", "row_sum", "bias")],
+        ("next", ctypes.c_void_p * 2), ("next_bytes", ctypes.c_uint32 * 2),
     ]
 
 
@@ -79,8 +82,8 @@ def declare(functions: ctypes.CDLL) -> None:
     p, i, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     functions.lut8_cuda_error.restype, functions.lut8_cuda_error.argtypes = ctypes.c_char_p, [i]
     signatures = {
-        "covers": [i], "quantize": [i, p, i, i, i, i, i, p, p, p, p, i, p], "product": [p, p, p, p, i, p, i, p, i, i, i, i, p],
-        "linear": [p, p, i, i, i, p, p, p, p, p, i, i, i, i, i, p], "dequantize": [p, p, p], "finish": [p, p, wide, p, p, i, p, i, p],
+        "covers": [i], "quantize": [i, p, i, i, i, i, i, p, p, p, p, i, p], "product": [p, p, p, p, i, p, i, p, i, i, i, i, i, p],
+        "linear": [p, p, i, i, i, p, p, p, p, p, i, i, i, i, i, i, p], "dequantize": [p, p, p], "finish": [p, p, wide, p, p, i, p, i, p],
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(functions, f"lut8_cuda_{name}")
@@ -169,8 +172,9 @@ class CudaWeight:
         ones = pad_tokens(torch.ones((1, n), dtype=torch.int8, device=self.device))
         with torch.cuda.device(self.device):
             stream, sums = stream_of(self.device), self.row_sums.data_ptr()
-            code = functions().lut8_cuda_product(self.address, ones.data_ptr(), None, None, 1, None, 0, sums, 0, 0, 0, 0, stream)
+            code = functions().lut8_cuda_product(self.address, ones.data_ptr(), None, None, 1, None, 0, sums, 0, 0, 0, 0, 0, stream)
         ensure(code, f"row sums of {self.out_features} x {n}")
+        torch.zeros(1, device=self.device)  # a launch may overlap the last kernel before it, so the last one must not be that of the sums
 
     @classmethod
     def from_layout(cls, in_features: int, out_features: int, group_size: int, *tensors: Tensor | None) -> CudaWeight:
@@ -206,7 +210,17 @@ class CudaWeight:
                 continue
             if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.device.type != "cuda":
                 raise ValueError(f"{name} must be a contiguous CUDA tensor {dtype} {shape}")
+            if tensor.data_ptr() % ALIGNMENT:
+                raise ValueError(f"{name} lies at {tensor.data_ptr():#x}; its address must be a multiple of {ALIGNMENT}: pass a copy (`.clone()`)")
         return row_tiles, k_tiles
+
+    def followed_by(self, following: CudaWeight | None) -> None:
+        """Say which weight a model needs after this one: decode products of this one then ask it into the L2. A hint; changes no result."""
+        self._following = following  # keeps its tensors alive
+        levels = None if following is None else following.words if following.words is not None else following.group_codes
+        for i, tensor in enumerate((None if following is None else following.codes, levels)):
+            self._block.next[i] = None if tensor is None else tensor.data_ptr()
+            self._block.next_bytes[i] = 0 if tensor is None else min(tensor.numel() * tensor.element_size(), _MOST_AHEAD >> 3 * i)
 
     def bytes(self) -> int:
         """Bytes that one product reads of the weight."""

@@ -162,13 +162,23 @@ def evaluated_tokens(config: RunConfig) -> float:
     return total
 
 
+def _score_requests(c: RunConfig, s: Shapes) -> Work:
+    from lbllm_core.evaluation.request_file import located, read_requests
+
+    return _forward_only(c, s, float(read_requests(located(c.evaluation.requests)).tokens))
+
+
 def _evaluate(c: RunConfig, s: Shapes) -> Work:
-    tokens = evaluated_tokens(c)
+    made = _forward_only(c, s, evaluated_tokens(c))
+    return replace(made, seconds=made.seconds + 6.0 * bool(c.evaluation.tasks))
+
+
+def _forward_only(c: RunConfig, s: Shapes, tokens: float) -> Work:
     batch = min(c.evaluation.batch_tokens, max(tokens, 1.0))
     operations = tokens * (s.blocks * forward(s, min(2048, c.model.context)) + 2.0 * s.hidden * s.vocabulary)
     memory = 4.0 * s.parameters + batch * 4.0 * (s.vocabulary * 1.2 + 12 * s.hidden + 4 * s.ffn)
     passes = tokens * 4.0 * (3 * s.vocabulary + s.blocks * (24 * s.hidden + 10 * s.ffn))
-    return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS + 6.0 * bool(c.evaluation.tasks), device=memory)
+    return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS, device=memory)
 
 
 def _streams(c: RunConfig, s: Shapes, sequences: int) -> tuple[float, float, float]:
@@ -274,5 +284,6 @@ WORK: Mapping[str, Callable[[RunConfig, Shapes], Work]] = MappingProxyType(
         "end_to_end": _end_to_end,
         "pack_and_benchmark": _pack,
         "evaluate_model": _evaluate,
+        "score_requests": _score_requests,
     }
 )

@@ -49,6 +49,7 @@ def preflight(config: RunConfig, home: Path) -> tuple[Estimate | None, Limits]:
 def check_inputs(config: RunConfig, home: Path) -> Shapes:
     """The model's shapes, when model, text, evaluation data and device are all there. Raises what is wrong, all at once."""
     from lbllm_core.data.tokens import evaluation_digest
+    from lbllm_core.evaluation.request_file import located, read_requests
 
     shapes: list[Shapes] = []
     checks: tuple[Callable[[], object], ...] = (
@@ -56,6 +57,7 @@ def check_inputs(config: RunConfig, home: Path) -> Shapes:
         lambda: shapes.append(inspect_model(config.model, home)),
         lambda: check_text(config, *shapes),
         lambda: evaluation_digest(config),
+        lambda: read_requests(located(config.evaluation.requests)) if config.evaluation.requests else None,
     )
     problems: list[LbllmError] = []
     for check in checks:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lbllm_core.errors import NumericalError
 
-HEAD_ROWS = 256  # positions whose logits are alive at once
+HEAD_ROWS = {"cpu": 256, "cuda": 4096}  # positions whose logits are alive at once: what fits a cache; 0.8 GB at 49152 tokens in the vocabulary
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[Sequence[_Row]
 
 def _answers(model: nn.Module, batch: Sequence[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
     """(place, (log-likelihood, greedy)) of every continuation in the batch."""
-    ids, positions, visible = _layout(batch)
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    inputs: dict[str, Any] = {"input_ids": ids.to(parameter.device), "use_cache": False}
+    device = next(p for p in model.parameters() if p.is_floating_point()).device
+    ids, positions, branch = (t.to(device) for t in _layout(batch))
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if any(len(row.continuations) > 1 for row in batch):
-        inputs |= {"position_ids": positions.to(parameter.device), "attention_mask": visible[:, None].to(parameter.device)}
+        inputs |= {"position_ids": positions, "attention_mask": _visible(branch)[:, None]}
     states: Tensor = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
     rows, places, wanted, owners = [], [], [], []
     for r, row in enumerate(batch):
@@ -111,18 +111,19 @@ def _answers(model: nn.Module, batch: Sequence[_Row]) -> Iterator[tuple[int, tup
 
 
 def _token_scores(model: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of each wanted token `(n,)` and whether it is the likeliest, from hidden states `(n, hidden)`, HEAD_ROWS at a time."""
+    """log p of each wanted token `(n,)` and whether it is the likeliest, from hidden states `(n, hidden)`, HEAD_ROWS at a time. On the host."""
     head = model.get_output_embeddings()  # type: ignore[operator]
+    rows = HEAD_ROWS[hidden.device.type]
     values, greedy = [], []
-    for part, tokens in zip(torch.split(hidden, HEAD_ROWS), torch.split(wanted, HEAD_ROWS), strict=True):
+    for part, tokens in zip(torch.split(hidden, rows), torch.split(wanted, rows), strict=True):
         logits = head(part).float()
-        values.append((logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).cpu())
-        greedy.append((logits.argmax(1) == tokens).cpu())
-    return torch.cat(values), torch.cat(greedy)
+        values.append(logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1))
+        greedy.append(logits.argmax(1) == tokens)
+    return torch.cat(values).cpu(), torch.cat(greedy).cpu()
 
 
 def _layout(batch: Sequence[_Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions `(rows, tokens)`, and who sees whom `(rows, tokens, tokens)`; padding, on the right, is seen by nobody else."""
+    """Ids, positions and branches, each `(rows, tokens)`: branch 0 is the context, 1, 2, ... its continuations, -1 padding on the right."""
     width = max(map(len, batch))
     ids, positions = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
     branch = torch.full((len(batch), width), -1)
@@ -134,6 +135,12 @@ def _layout(batch: Sequence[_Row]) -> tuple[Tensor, Tensor, Tensor]:
             ids[r, start:stop] = torch.tensor(continuation[:-1], dtype=torch.long)
             positions[r, start:stop], branch[r, start:stop] = torch.arange(shared, shared + stop - start), number
             start = stop
-    before = torch.ones(width, width, dtype=torch.bool).tril()
+    return ids, positions, branch
+
+
+def _visible(branch: Tensor) -> Tensor:
+    """Who sees whom, booleans `(rows, tokens, tokens)`: what stands before in one's own branch or in the context."""
+    width = branch.shape[1]
+    before = torch.ones(width, width, dtype=torch.bool, device=branch.device).tril()
     related = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
-    return ids, positions, before & related
+    return before & related

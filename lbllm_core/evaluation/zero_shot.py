@@ -4,19 +4,23 @@ lm-eval keeps what makes the figures comparable: the task's prompt, the split of
 their standard errors. Each task is a generated YAML file that includes the stock one and points it at local files, so the
 harness neither scans its thousands of tasks (12 s) nor asks a network for data.
 
-Scoring is ours (`choice_scores.py`), because on a processor it is most of the time.
+Scoring is ours (`choice_scores.py`), because on a processor it is most of the time. Or somebody else's: whoever answers log-likelihoods of
+token ids will do, a file too, which is how a model is measured on a machine without lm-eval (`offline_tasks.py`).
 
 A limited run (`limit` examples a task, the first ones; a subject of MMLU is a task) says so in the metric's name: `acc_piqa_n200`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,10 @@ from lbllm_core.data.tasks import TaskSource
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.errors import DataError
 from lbllm_core.evaluation.choice_scores import score
+from lbllm_core.evaluation.request_file import Pair
+from lbllm_core.model.store import file_digest
 
+Answer = Callable[[str, list[Pair]], list[tuple[float, bool]]]  # task, (context ids, continuation ids) -> (log-likelihood, greedy) of each
 METRICS = ("acc", "acc_norm")
 FEWSHOT = {task_data.MMLU: 5}
 SEED = 1234
@@ -49,16 +56,32 @@ def zero_shot(
     `model`: a transformers causal language model, packed or not. `batch_tokens`: padded tokens a forward pass. Raises ConfigError
     (unknown task), DataError (no data), NumericalError (a choice's likelihood is not finite).
     """
+
+    def answer(task: str, pairs: list[Pair]) -> list[tuple[float, bool]]:
+        return score(model, pairs, int(tokenizer.model_max_length), batch_tokens, lambda done, total: report(Progress(task, done, total, "choice")))
+
+    return measure(answer, tokenizer, tasks, limit, add_bos=add_bos)[0]
+
+
+def measure(answer: Answer, tokenizer: Any, tasks: Sequence[str], limit: int = 0, *, add_bos: bool = False) -> tuple[dict[str, float], dict[str, Any]]:
+    """The metrics of `zero_shot`, whoever answers, and facts that tell which tasks these were: {task: {version, examples, data}}.
+
+    `data` is a sha256 of the local files. Raises what `answer` raises, ConfigError (unknown task), DataError (no data).
+    """
     found: dict[str, float] = {}
+    facts: dict[str, Any] = {}
     for task in tasks:
         sources = task_data.sources(task)
-        scorer = _scorer(model, tokenizer, add_bos, batch_tokens, lambda done, total, task=task: report(Progress(task, done, total, "choice")))
-        found |= _named(_run(scorer, sources, limit, FEWSHOT.get(task, 0)), sources[0].label, limit)
-    return found
+        figures, versions = _run(_asker(tokenizer, add_bos, partial(answer, task)), sources, limit, FEWSHOT.get(task, 0))
+        found |= _named(figures, sources[0].label, limit)
+        files = [[source.task, split, file_digest(path)] for source in sources for split, path in sorted(source.files.items())]
+        data = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        facts[task] = {"version": " ".join(sorted(versions)), "examples": int(sum(f["n"] for f in figures)), "data": data}
+    return found, facts
 
 
-def _run(scorer: Any, sources: Sequence[TaskSource], limit: int, fewshot: int) -> list[dict[str, float]]:
-    """lm-eval's figures of each source: {"n": examples, "total": of the split, "acc": ..., "acc_stderr": ...}."""
+def _run(asker: Any, sources: Sequence[TaskSource], limit: int, fewshot: int) -> tuple[list[dict[str, float]], set[str]]:
+    """lm-eval's figures of each source, {"n": examples, "total": of the split, "acc": ..., "acc_stderr": ...}, and the tasks' versions."""
     with tempfile.TemporaryDirectory(prefix="lbllm-tasks-") as name, _quiet():
         from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager
@@ -70,7 +93,7 @@ def _run(scorer: Any, sources: Sequence[TaskSource], limit: int, fewshot: int) -
         built = manager.load([source.task for source in sources])["tasks"]
         for task in built.values():
             task.set_fewshot_seed(SEED)
-        result = evaluate(scorer, built, limit=limit or None, bootstrap_iters=1, log_samples=False)
+        result = evaluate(asker, built, limit=limit or None, bootstrap_iters=1, log_samples=False)
     assert result is not None
     figures = []
     for source in sources:
@@ -80,13 +103,11 @@ def _run(scorer: Any, sources: Sequence[TaskSource], limit: int, fewshot: int) -
             if f"{metric},none" in measured:
                 row |= {metric: float(measured[f"{metric},none"]), f"{metric}_stderr": float(measured[f"{metric}_stderr,none"])}
         figures.append(row)
-    return figures
+    return figures, {str(version) for version in result["versions"].values()}
 
 
 def _task_yaml(source: TaskSource, fewshot: int, cache: Path) -> str:
     """The stock task on local files. JSON strings are valid YAML."""
-    import json
-
     import lm_eval
 
     stock = STOCK.get(source.task, f"mmlu/default/{source.task}.yaml")
@@ -118,11 +139,11 @@ def _named(figures: Sequence[dict[str, float]], label: str, limit: int) -> dict[
     return named
 
 
-def _scorer(model: nn.Module, tokenizer: Any, add_bos: bool, batch_tokens: int, done: Any) -> Any:
-    """An lm-eval model around `model` that answers log-likelihood requests, nothing else."""
+def _asker(tokenizer: Any, add_bos: bool, answer: Callable[[list[Pair]], list[tuple[float, bool]]]) -> Any:
+    """An lm-eval model that cuts log-likelihood requests into tokens and passes them on to `answer`, nothing else."""
     from lm_eval.api.model import TemplateLM
 
-    class Scorer(TemplateLM):  # type: ignore[misc]
+    class Asker(TemplateLM):  # type: ignore[misc]
         """Defined here because its base class is imported here."""
 
         backend = "causal"
@@ -149,8 +170,7 @@ def _scorer(model: nn.Module, tokenizer: Any, add_bos: bool, batch_tokens: int, 
             return found
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            pairs = [(context, continuation) for _, context, continuation in requests]
-            return score(model, pairs, int(tokenizer.model_max_length), batch_tokens, done)
+            return answer([(context, continuation) for _, context, continuation in requests])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             raise DataError("rolling likelihoods are measured by perplexity protocols, not through lm-eval")
@@ -158,7 +178,7 @@ def _scorer(model: nn.Module, tokenizer: Any, add_bos: bool, batch_tokens: int, 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             raise DataError("tasks that generate text are not supported; choose multiple-choice tasks")
 
-    return Scorer()
+    return Asker()
 
 
 @contextmanager

@@ -41,6 +41,12 @@ def appended(held: Tensor, room: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     return room[..., :total, :], room
 
 
+def emptied(layer: Any) -> None:
+    """Drop keys and values; transformers 5.17 only zeroes them."""
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+
+
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Float keys and values; a new token is written, not everything copied."""
 
@@ -57,6 +63,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Empty, as new."""
         super().reset()
+        emptied(self)
         for room in ("key_room", "value_room"):
             self.__dict__.pop(room, None)
 
@@ -93,6 +100,7 @@ class KV4Layer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Empty, as new."""
         super().reset()
+        emptied(self)
         self.rooms = {}
 
     def crop(self, tokens_to_remove: int) -> None:

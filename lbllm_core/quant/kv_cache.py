@@ -12,6 +12,7 @@ nothing but round keys and values before handing over to the standard one. No mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,13 +52,15 @@ def fake_quantize_kv(x: Tensor) -> Tensor:
     return made.to(x.dtype) + (x - x.detach())  # the value is `made` to the bit
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-    """Standard attention on keys and values as a 4-bit cache would return them, where the module asks for it."""
-    from transformers import AttentionInterface
+def rounding(standard: Callable[..., Any]) -> Callable[..., Any]:
+    """`standard` attention on keys and values as a 4-bit cache would return them, where the module asks for it."""
 
-    if getattr(module, "kv_bits", 16) == 4 and not hasattr(key, CACHED):
-        key, value = fake_quantize_kv(key), fake_quantize_kv(value)
-    return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        if getattr(module, "kv_bits", 16) == 4 and not hasattr(key, CACHED):
+            key, value = fake_quantize_kv(key), fake_quantize_kv(value)
+        return standard(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
 
 
 def register() -> None:
@@ -65,8 +68,10 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    registry = AttentionInterface()
+    if NAME not in registry:
+        AttentionInterface.register(NAME, rounding(registry["sdpa"]))
+        AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def set_kv_bits(model: nn.Module, bits: int) -> None:

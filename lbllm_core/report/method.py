@@ -35,34 +35,38 @@ def stages_of(config: RunConfig, row: str) -> tuple[int, ...]:
     return tuple(n for n, step in STEPS.items() if n <= STAGE_OF[row] and step not in skipped)
 
 
+def row_context(config: RunConfig, row: str, effective_bpw: float | None = None) -> dict[str, Any]:
+    """All that tells the figures of one row from those of another."""
+    context: dict[str, Any] = {"model": config.model.name, "experiment": config.experiment, "seed": config.seed, "row": row}
+    if row == "teacher":
+        return context | {"scheme": "bf16", "control": "none", "packed": False}
+    used = baseline_config(config, row) if row != "final" else config
+    s, stages = used.scheme, stages_of(used, row)
+    sequences = [used.ptq_init.sequences, used.weight_distill.sequences, used.act_quant.sequences, used.dataset.sequences]
+    return context | {
+        "scheme": s.name,
+        "control": control_of(used),
+        "stages": "+".join(map(str, stages)),
+        "level_mode": s.level_mode,
+        "group_size": s.group_size,
+        "act_variant": s.act_variant if s.act_bits < 16 else "none",
+        "kv_bits": s.kv_bits,
+        "smoothing": used.ptq_init.smoothing_exponent,
+        "parameterization": used.weight_distill.parameterization if 2 in stages else "",
+        "effective_bpw": effective_bpw,
+        "tokens": max(sequences[n - 1] for n in stages) * used.dataset.seq_len,
+        "packed": True,
+    }
+
+
+def figure_records(figures: Mapping[str, Any], context: Mapping[str, Any]) -> list[Record]:
+    """One record for each perplexity or accuracy among the figures."""
+    return [{"name": k, "value": v, "unit": "1", **context} for k, v in figures.items() if k.startswith(PREFIXES) and isinstance(v, (int, float))]
+
+
 def method_records(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> list[Record]:
     """Perplexities and accuracies of the result rows, one record a figure, with all that tells two of one name apart."""
-    made: list[Record] = []
-    for row in rows:
-        context: dict[str, Any] = {"model": config.model.name, "experiment": config.experiment, "seed": config.seed, "row": row["row"]}
-        if row["row"] == "teacher":
-            context |= {"scheme": "bf16", "control": "none", "packed": False}
-        else:
-            used = baseline_config(config, str(row["row"])) if row["row"] != "final" else config
-            s, stages = used.scheme, stages_of(used, str(row["row"]))
-            sequences = [used.ptq_init.sequences, used.weight_distill.sequences, used.act_quant.sequences, used.dataset.sequences]
-            context |= {
-                "scheme": s.name,
-                "control": control_of(used),
-                "stages": "+".join(map(str, stages)),
-                "level_mode": s.level_mode,
-                "group_size": s.group_size,
-                "act_variant": s.act_variant if s.act_bits < 16 else "none",
-                "kv_bits": s.kv_bits,
-                "smoothing": used.ptq_init.smoothing_exponent,
-                "parameterization": used.weight_distill.parameterization if 2 in stages else "",
-                "effective_bpw": row.get("effective_bpw"),
-                "tokens": max(sequences[n - 1] for n in stages) * used.dataset.seq_len,
-                "packed": True,
-            }
-        figures = {k: v for k, v in row.items() if k.startswith(PREFIXES) and isinstance(v, (int, float))}
-        made += [{"name": name, "value": value, "unit": "1", **context} for name, value in figures.items()]
-    return made
+    return [record for row in rows for record in figure_records(row, row_context(config, str(row["row"]), row.get("effective_bpw")))]
 
 
 MEASURED = ("value", "effective_bpw")

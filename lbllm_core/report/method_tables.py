@@ -3,16 +3,20 @@
 A line is everything in a record's context but the seed. The value is the mean over seeds; with two or more, ± the standard
 deviation (n - 1), which is what a difference between lines has to be held against. Perplexities lie beside their ratio to the
 teacher's of the same run.
+
+Zero-shot accuracies are in per cent, ± lm-eval's standard error of the examples (over seeds: its mean; seeds share the examples). Their
+mean over tasks has the error of independent tasks. Every line that was scored is shown, the teacher first.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lbllm_core.report.records import Record
-from lbllm_core.report.tables import Cells, markdown
+from lbllm_core.report.tables import Cells, is_accuracy, markdown, stderr_name
 
 PROTOCOLS = ("ppl_wikitext2_s2048", "ppl_ptb_s2048", "ppl_c4_s2048")
 LEVELS = {"none": "free", "affine8": "affine8", "affine_cb": "affine", "int2": "INT2", "rtn": "rounded"}
@@ -79,3 +83,42 @@ def _order(item: tuple[Line, dict[str, dict[int, float]]]) -> tuple[Any, ...]:
     (experiment, levels, activations, stages, _), figures = item
     quality = statistics.fmean(figures[PROTOCOLS[0]].values()) if PROTOCOLS[0] in figures else float("inf")
     return (levels != "teacher", activations, stages, quality, experiment)
+
+
+def zero_shot_table(records: Iterable[Record], model: str) -> str:
+    """Markdown: a line for each model that was scored, a column for each task's acc, the means of acc and of acc_norm over all tasks.
+
+    The mean of acc_norm takes acc where a task has no acc_norm, as is usual. A line that lacks a task has no mean.
+    """
+    chosen = [r for r in records if r["model"] == model and str(r["name"]).startswith("acc_") and r["unit"] == "1"]
+    lines = lines_of(chosen)
+    plain = [n for n in dict.fromkeys(str(r["name"]) for r in chosen) if is_accuracy(n) and not n.startswith("acc_norm_")]
+    if not plain:
+        return "_Not measured yet._\n"
+    cells: Cells = [["experiment", "levels", "activations", "stages", "bits a weight", *(n.removeprefix("acc_") for n in plain), "mean acc", "mean acc_norm", "seeds"]]
+    normed = [n.replace("acc_", "acc_norm_", 1) for n in plain]
+    ceiling = next((figures for line, figures in lines.items() if line[1] == "teacher"), {})
+    for line, figures in sorted(lines.items(), key=lambda item: (item[0][1] != "teacher", item[0][2], item[0][3], -(_mean(item[1], plain) or (0, 0))[0], item[0][0])):
+        chosen_names = [b if b in figures else a for a, b in zip(plain, normed, strict=True)]
+        bits = figures.get("effective_bpw", {})
+        count = max(len(figures.get(n, {})) for n in plain)
+        means = [_percent(_mean(figures, names), _mean(ceiling, names) if line[1] != "teacher" else None) for names in (plain, chosen_names)]
+        accuracies = [_percent(_mean(figures, [n])) for n in plain]
+        cells.append([*map(str, line[:4]), f"{statistics.fmean(bits.values()):.3f}" if bits else "", *accuracies, *means, str(count)])
+    return markdown(cells)
+
+
+def _mean(figures: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> tuple[float, float] | None:
+    """Mean over tasks of the means over seeds, and its standard error; None when one was not measured."""
+    if not all(n in figures for n in names):
+        return None
+    errors = [statistics.fmean(figures[stderr_name(n)].values()) for n in names]
+    return statistics.fmean(statistics.fmean(figures[n].values()) for n in names), math.hypot(*errors) / len(errors)
+
+
+def _percent(value: tuple[float, float] | None, ceiling: tuple[float, float] | None = None) -> str:
+    """`61.2 ± 1.1`, and the share of the ceiling: `(94 %)`."""
+    if value is None:
+        return ""
+    share = f" ({100 * value[0] / ceiling[0]:.0f} %)" if ceiling else ""
+    return f"{100 * value[0]:.1f} ± {100 * value[1]:.1f}{share}"

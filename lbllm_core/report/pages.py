@@ -18,7 +18,7 @@ from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
 from lbllm_core.report.fault_tables import fault_table
 from lbllm_core.report.kernel_tables import model_table, product_table
-from lbllm_core.report.method_tables import method_table
+from lbllm_core.report.method_tables import method_table, zero_shot_table
 from lbllm_core.report.records import read_results
 from lbllm_core.report.tables import comparison, markdown, rows_of
 
@@ -58,6 +58,7 @@ TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
         "pipeline": ("pipeline_cpu.json", pipeline_table),
         "pipeline_times": ("pipeline_cpu.json", times_table),
         "method": ("method.json", strength_table),
+        "zero_shot": ("method.json", lambda content: zero_shot_table(content["records"], "smollm2_135m")),
         "kernels_h100": ("kernels_h100.json", lambda content: product_table(content["records"], "cublas_fp16")),
         "kernels_cpu": ("kernels_cpu.json", lambda content: product_table(content["records"], "torch_fp32")),
         "decode_h100": ("decode_h100.json", lambda content: model_table(content["records"])),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lbllm_core.errors import ArtifactError
@@ -28,9 +29,16 @@ Record = dict[str, Any]
 
 
 def write_results(
-    path: Path, command: str, records: Sequence[Mapping[str, Any]], device: str = "", keep: Callable[[Record], bool] = lambda record: False
+    path: Path,
+    command: str,
+    records: Sequence[Mapping[str, Any]],
+    device: str = "",
+    keep: Callable[[Record], bool] = lambda record: False,
+    measured_with: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a results file. `keep` chooses records of the file as it is that stay in front; `device` defaults to processor and cores.
+
+    `measured_with`: versions of the machine that measured, where it was another one than this.
 
     Raises ArtifactError for a record without name or unit, or with a value that is no finite number.
     """
@@ -46,7 +54,7 @@ def write_results(
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device or device_name(),
-        "versions": versions(),
+        "versions": versions() | dict(measured_with),
         "records": old + found,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

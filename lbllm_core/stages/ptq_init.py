@@ -29,7 +29,7 @@ from lbllm_core.errors import NumericalError
 from lbllm_core.model.blocks import NORMS, SITE_OF, SITES, linears_of, linears_of_site
 from lbllm_core.model.smoothing import SiteStatistics, smooth
 from lbllm_core.model.student import BlockState
-from lbllm_core.quant.error_compensation import inverse_factor, quantize_columns
+from lbllm_core.quant.error_compensation import inverse_factor, quantize_columns, sweep_order
 from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels
 from lbllm_core.quant.uniform import fit_affine, fit_int2, round_to_nearest, to_family_grid
 from lbllm_core.quant.weight import (
@@ -170,36 +170,37 @@ def _rows(q: QuantizedWeight, rows: slice) -> QuantizedWeight:
 
 def quantize_site(w: Tensor, hessian: Tensor, scheme: SchemeConfig, config: PtqInitConfig, generator: torch.Generator) -> tuple[QuantizedWeight, Tensor]:
     """Stacked rows that share an input: w `(out, in)`, hessian `(in, in)` -> quantized weight and compensated weights."""
-    upper = inverse_factor(hessian, config.damping) if config.error_compensation else None
+    curvature = hessian if config.error_compensation else None
     importance = hessian.diagonal().clamp_min(0) / hessian.diagonal().mean().clamp_min(1e-12)
-    if config.fit_weight == "inverse_hessian" and upper is not None:
-        precision = 1 / upper.square().sum(0).clamp_min(1e-20)  # 1 / [H^-1]_ii, since H^-1 = U^T U
+    if config.fit_weight == "inverse_hessian" and curvature is not None:
+        precision = 1 / inverse_factor(curvature, config.damping).square().sum(0).clamp_min(1e-20)  # 1 / [H^-1]_ii, since H^-1 = U^T U
         importance = precision / precision.mean()
     if scheme.level_mode == "codebook":
-        return _with_codebook(w, upper, importance, scheme, config, generator)
-    return _with_explicit_levels(w, upper, importance, scheme, config)
+        return _with_codebook(w, curvature, importance, scheme, config, generator)
+    return _with_explicit_levels(w, curvature, importance, scheme, config)
 
 
-def _with_explicit_levels(w: Tensor, upper: Tensor | None, importance: Tensor, scheme: SchemeConfig, config: PtqInitConfig) -> tuple[QuantizedWeight, Tensor]:
+def _with_explicit_levels(w: Tensor, hessian: Tensor | None, importance: Tensor, scheme: SchemeConfig, config: PtqInitConfig) -> tuple[QuantizedWeight, Tensor]:
     levels = torch.empty(w.shape[0], n_groups(w.shape[1], scheme.group_size), 4, device=w.device)
 
-    def choose(columns: Tensor, first: int, group: int) -> Tensor:
-        h = importance[first : first + columns.shape[1]]
+    def choose(w: Tensor, columns: Tensor, group: int) -> Tensor:
+        h = importance[columns]
         if config.method == "rtn":
-            made = round_to_nearest(columns)
+            made = round_to_nearest(w)
         elif scheme.level_family != "free":
-            made = (fit_affine if scheme.level_family == "affine" else fit_int2)(columns, h)
+            made = (fit_affine if scheme.level_family == "affine" else fit_int2)(w, h)
         else:
-            made = fit_levels(columns, h, config.em_rounds, config.em_starts)
+            made = fit_levels(w, h, config.em_rounds, config.em_starts)
         levels[:, group] = made
         return made
 
-    codes, latent = quantize_columns(w, upper, scheme.group_size, choose)
+    order = sweep_order(importance, scheme.group_size, config.heaviest_first)
+    codes, latent = quantize_columns(w, hessian, config.damping, order, choose)
     return from_real_levels(codes, levels, scheme.group_size), latent
 
 
 def _with_codebook(
-    w: Tensor, upper: Tensor | None, importance: Tensor, scheme: SchemeConfig, config: PtqInitConfig, generator: torch.Generator
+    w: Tensor, hessian: Tensor | None, importance: Tensor, scheme: SchemeConfig, config: PtqInitConfig, generator: torch.Generator
 ) -> tuple[QuantizedWeight, Tensor]:
     """Fit the table on a sample of groups, then let each group pick its entry on the compensated weights.
 
@@ -215,11 +216,12 @@ def _with_codebook(
     table, table_unit = _on_grid(table, flat[::2], flat_weight[::2], scheme.level_family)
     group_codes = torch.empty(w.shape[0], grouped.shape[1], dtype=torch.uint8, device=w.device)
 
-    def choose(columns: Tensor, first: int, group: int) -> Tensor:
-        entry = choose_entries(columns / unit, importance[first : first + columns.shape[1]], table, config.codebook_shortlist)
+    def choose(w: Tensor, columns: Tensor, group: int) -> Tensor:
+        entry = choose_entries(w / unit, importance[columns], table, config.codebook_shortlist)
         group_codes[:, group] = entry.to(torch.uint8)
         return table[entry] * unit
 
-    codes, latent = quantize_columns(w, upper, scheme.group_size, choose)
+    order = sweep_order(importance, scheme.group_size, config.heaviest_first)
+    codes, latent = quantize_columns(w, hessian, config.damping, order, choose)
     row_scale = unit.squeeze(1) * table_unit
     return QuantizedWeight(codes, row_scale, scheme.group_size, group_codes=group_codes, codebook=(table / table_unit).round()), latent

@@ -79,7 +79,7 @@ def ordered(q: torch.Tensor, path: str) -> torch.Tensor:
 def sums(library, packed: PackedWeight, q: torch.Tensor, path: str, rows: int = 0, warps: int = 0) -> torch.Tensor:
     weight, padded = Weight(packed), ordered(q, path)
     acc = torch.full((q.shape[0], packed.out_features), -(2**31), dtype=torch.int32)
-    code = library.lut8_cuda_product(weight.address, padded.data_ptr(), None, None, q.shape[0], None, 0, acc.data_ptr(), cuda.PATHS[path], rows, warps, 0, None)
+    code = library.lut8_cuda_product(weight.address, padded.data_ptr(), None, None, q.shape[0], None, 0, acc.data_ptr(), cuda.PATHS[path], rows, warps, 64, 0, None)
     assert code == 0
     return acc
 
@@ -91,9 +91,23 @@ def output(library, packed: PackedWeight, x: torch.Tensor, factors: ActFactors, 
     q, scale, zero = torch.full((m, weight.padded), 99, dtype=torch.int8), torch.empty(m), torch.empty(m, dtype=torch.int32)
     dtype = cuda.DTYPES[x.dtype]
     pointers = [t.data_ptr() for t in (q, scale, zero, y)]
-    code = library.lut8_cuda_linear(weight.address, x.data_ptr(), dtype, m, top, four, *pointers, dtype, cuda.PATHS[path], 0, 0, 0, None)
+    code = library.lut8_cuda_linear(weight.address, x.data_ptr(), dtype, m, top, four, *pointers, dtype, cuda.PATHS[path], 0, 0, -1, 0, None)
     assert code == 0
     return y
+
+
+def test_asking_for_the_next_weight_changes_nothing(emulated):
+    """The emulator aborts on a prefetch that is empty or not aligned."""
+    packed = random_packed(70, 700, 32, "codebook", 3)
+    x = torch.randn(2, 700, generator=torch.Generator().manual_seed(0))
+    weight, (top, four) = Weight(packed), numbers(PIECEWISE)
+    for size in (16, 528, 40_000, 3_000_000):
+        ahead = torch.empty(size, dtype=torch.uint8)
+        weight.block.next[0], weight.block.next[1] = ahead.data_ptr(), ahead.data_ptr()
+        weight.block.next_bytes[0], weight.block.next_bytes[1] = size, size // 16 // 8 * 16
+        y = torch.empty(2, 70)
+        assert emulated.lut8_cuda_linear(weight.address, x.data_ptr(), 0, 2, top, four, None, None, None, y.data_ptr(), 0, cuda.PATHS["fused"], 2, 3, 1, 0, None) == 0
+        assert torch.equal(y, reference.linear(x, packed, PIECEWISE))
 
 
 def random_q(m: int, n: int, seed: int) -> torch.Tensor:
@@ -136,7 +150,7 @@ def test_outputs_are_equal(emulated, path, m, dtype, n, factors):
 
 
 @pytest.mark.parametrize("wgmma", [False, True])
-@pytest.mark.parametrize(("n", "dtype"), [(50, torch.float16), (136, torch.float32), (4096, torch.bfloat16)])
+@pytest.mark.parametrize(("n", "dtype"), [(50, torch.float16), (136, torch.float32), (4096, torch.bfloat16), (8330, torch.float16), (9000, torch.float32)])
 def test_the_quantizer_writes_either_order(emulated, n, dtype, wgmma):
     x = torch.randn(5, n, generator=torch.Generator().manual_seed(n)).to(dtype)
     top, four = numbers(PIECEWISE)

@@ -14,6 +14,7 @@ from lbllm_kernels.activation import ActFactors, quantize_activations
 from lbllm_kernels.build_cuda import source_folder
 
 SHIM = """
+#include <cstring>
 #include "quantize_math.h"
 using namespace lut8;
 extern "C" void quantize(const float* x, int n, int top, const float* f, signed char* q, float* scale, int* zero) {
@@ -25,8 +26,15 @@ extern "C" void quantize(const float* x, int n, int top, const float* f, signed 
   }
   const ScaleZero t = scale_zero(high, low, factors);
   unsigned char table[256];
-  for (int u = 0; u < 256; ++u) table[u] = piecewise_entry(u, t.zero, factors);
-  for (int i = 0; i < n; ++i) q[i] = t.finite ? static_cast<signed char>(code_of(x[i], t, top, table)) : 0;
+  for (int u = 0; u < 256; ++u) {
+    unsigned entry = 0;
+    for (int k = 0; k < 15; ++k) entry = take_step(entry, piecewise_step(piecewise_value(k, t.zero, factors), piecewise_value(k + 1, t.zero, factors)), u);
+    table[u] = static_cast<unsigned char>(entry);
+  }
+  for (int i = 0; i < n; ++i) {
+    const float steps = t.quick ? divided(x[i], t) : x[i] / t.scale;
+    q[i] = !t.finite ? 0 : static_cast<signed char>(top == 15 ? code_of<15>(steps, t, table) : code_of<127>(steps, t, table));
+  }
   *scale = t.scale, *zero = static_cast<int>(t.zero);
 }
 """

@@ -152,12 +152,14 @@ def test_every_operation_of_a_cache_layer(kind):
         step(70)
     ours.batch_repeat_interleave(2), theirs.batch_repeat_interleave(2)
     step(1, batch=6)
-    with pytest.raises(ValueError, match="negative"):
-        ours.crop(3)
+    if kind is KV4Layer:  # the other's crop is transformers' own
+        with pytest.raises(ValueError, match="negative"):
+            ours.crop(3)
     twin = copy.deepcopy(ours)
     step(1, batch=6)
     assert twin.get_seq_length() == ours.get_seq_length() - 1
-    ours.reset(), theirs.reset()
+    ours.reset()
+    theirs = DynamicLayer()  # what its own reset leaves differs between releases
     step(3, batch=1)
 
 

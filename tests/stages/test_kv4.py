@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from lbllm_core.model.blocks import Decoder
-from lbllm_core.quant.kv_cache import attention, fake_quantize_kv, set_kv_bits
+from lbllm_core.quant.kv_cache import NAME, fake_quantize_kv, register, set_kv_bits
 
 IDS = torch.randint(1, 60, (2, 18), generator=torch.Generator().manual_seed(0))
 
@@ -96,11 +97,12 @@ def test_one_long_pass_is_decoding_token_by_token(make_model, family, bits):
 
 @pytest.mark.parametrize("bits", [4, 16])
 def test_keys_and_values_are_rounded_and_queries_are_not(bits):
+    register()
     g = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(1, heads, 9, 8, generator=g) for heads in (4, 4, 4))
     module = torch.nn.Module()
     module.kv_bits, module.is_causal, module.num_key_value_groups = bits, True, 1
-    made, _ = attention(module, query, key, value, None)
+    made, _ = AttentionInterface()[NAME](module, query, key, value, None)
     stored = (fake_quantize_kv(key), fake_quantize_kv(value)) if bits == 4 else (key, value)
     expected = torch.nn.functional.scaled_dot_product_attention(query, *stored, is_causal=True).transpose(1, 2)
     assert torch.allclose(made, expected, atol=1e-6)

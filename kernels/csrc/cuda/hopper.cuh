@@ -2,7 +2,7 @@
 //
 // A block owns 128 rows (two warpgroups of 64; a warp has one row tile) and kN tokens; a stage is one k tile of the tokens. wgmma reads
 // channels in its own order, so the quantizer writes each 128 channels in that order (layout.h, wgmma_word). While the tensor cores
-// work on one k tile, the warps expand the next into a second set of A registers; loads run two stages ahead.
+// work on one k tile, the warps expand the next into a second set of A registers; loads of tokens and of weights run two k tiles ahead.
 #pragma once
 #include "tiled.cuh"
 #include "wgmma.cuh"
@@ -32,13 +32,13 @@ __device__ __forceinline__ void load_hopper_stage(const Lut8CudaWeight& w, const
 
 // One k tile's A registers, [step][register]. The codes are pinned first: nothing of this moves above the wait before it.
 template <bool kCodebook, bool kTwo>
-__device__ __forceinline__ void expand_tile(WeightTile<1, kCodebook, kTwo>& tile, uint32_t table, uint32_t (&a)[4][4]) {
+__device__ __forceinline__ void expand_tile(WeightTile<1, kCodebook, kTwo>& tile, const uint32_t (&words)[2][2], uint32_t (&a)[4][4]) {
   uint4& c = tile.codes[0];
   asm volatile("" : "+r"(c.x), "+r"(c.y), "+r"(c.z), "+r"(c.w)::"memory");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t part[2][4];
-    expand(half ? c.y : c.x, half ? c.w : c.z, tile.levels[0].word(table, half, 0), tile.levels[0].word(table, half, 1), part);
+    expand(c, words, half, part);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[2 * half][i] = part[0][i], a[2 * half + 1][i] = part[1][i];
   }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void multiply_hopper(int (&acc)[kN / 2], const uint32
 #endif
 
 template <int kN, bool kCodebook, bool kTwo>
-__global__ void __launch_bounds__(256, 1) hopper_kernel(Lut8CudaWeight w, Tokens t, Output o) {
+__global__ void __launch_bounds__(256, kN == 128 ? 2 : 1) hopper_kernel(Lut8CudaWeight w, Tokens t, Output o) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using S = HopperShape<kN>;
   extern __shared__ __align__(128) int8_t memory[];
@@ -66,8 +66,10 @@ __global__ void __launch_bounds__(256, 1) hopper_kernel(Lut8CudaWeight w, Tokens
   const uint32_t raw = shared_address(memory), shared = (raw + 1023) & ~1023u, table_at = shared_address(table);
   const int steps = w.k_tiles;
 
-  WeightTile<1, kCodebook, kTwo> tile;
-  tile.load(w, row_tile, 0, lane);
+  WeightTile<1, kCodebook, kTwo> even_tile, odd_tile;  // two k tiles ahead
+  even_tile.load(w, row_tile, 0, lane);
+  odd_tile.load(w, row_tile, 1, lane);
+  if (blockIdx.x == 0) prefetch_tiles<kCodebook>(w, first_row_tile, S::kBlockRows / kTileRows, 2, kPrefetch);
   if (kCodebook) table[threadIdx.x] = __ldg(w.codebook + threadIdx.x);
   let_next_start();
   wait_for_previous();
@@ -78,11 +80,12 @@ __global__ void __launch_bounds__(256, 1) hopper_kernel(Lut8CudaWeight w, Tokens
   }
   __syncthreads();  // the table
   int acc[kN / 2];  // the first product writes it
-  uint32_t even[4][4], odd[4][4];
-  expand_tile(tile, table_at, even);
-  tile.load(w, row_tile, 1, lane);
+  uint32_t even[4][4], odd[4][4], words[2][2];
+  even_tile.levels[0].words(table_at, words);
+  expand_tile(even_tile, words, even);
+  even_tile.load(w, row_tile, 2, lane);
 
-  const auto step = [&](int i, uint32_t (&now)[4][4], uint32_t (&next)[4][4]) {
+  const auto step = [&](int i, uint32_t (&now)[4][4], uint32_t (&next)[4][4], WeightTile<1, kCodebook, kTwo>& tile) {
     copy_wait<S::kStages - 3>();
     fence_async_proxy();
     __syncthreads();
@@ -90,16 +93,17 @@ __global__ void __launch_bounds__(256, 1) hopper_kernel(Lut8CudaWeight w, Tokens
     const int ahead = i + S::kStages - 2;
     if (ahead < steps) load_hopper_stage<kN>(w, t, first_token, ahead, shared + ahead % S::kStages * S::kStageBytes);
     copy_commit();
+    tile.levels[0].words(table_at, words);  // before the wait: look-ups take their time beside the products
     wgmma_wait<1>();  // the k tile before this one is done: its stage and its registers are free
-    expand_tile(tile, table_at, next);
-    tile.load(w, row_tile, i + 2, lane);
+    expand_tile(tile, words, next);
+    tile.load(w, row_tile, i + 3, lane);
   };
   int i = 0;
   for (; i + 1 < steps; i += 2) {
-    step(i, even, odd);
-    step(i + 1, odd, even);
+    step(i, even, odd, odd_tile);
+    step(i + 1, odd, even, even_tile);
   }
-  if (i < steps) step(i, even, odd);
+  if (i < steps) step(i, even, odd, odd_tile);
   wgmma_wait<0>();
   copy_wait<0>();
 #pragma unroll

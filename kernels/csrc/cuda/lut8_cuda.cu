@@ -34,8 +34,12 @@
 //            decode has two forms: the block quantizes the token itself while its first weights travel (one launch a layer), or a
 //            quantizer runs before it and the two overlap by programmatic dependent launch (Hopper).
 //
-// Trade-offs. All of K stays in one block: no workspace, no second pass, no atomics in device memory; a layer with few rows leaves
-//            multiprocessors idle instead. mma.sync runs on every GPU since 2020, below wgmma's rate on Hopper.
+// Latency.   At a few microseconds a layer is a chain of latencies: the kernel before ends, tokens arrive, are quantized, multiplied, added up,
+//            stored. Everything that is not in this chain (weights, level table, row numbers) is asked for before the wait for the kernel
+//            before. Behind the chain, a block asks the next layer's weight into the L2 if it knows it (`next`).
+// Trade-offs. All of K stays in one block: no workspace, no second pass, no atomics in device memory. A layer with few rows leaves
+//            multiprocessors idle; its warps have at most a k tile or two each, so that splitting K over blocks would shorten nothing
+//            and add a meeting of blocks. mma.sync runs on every GPU since 2020, below wgmma's rate on Hopper.
 //            The derived layout is a second copy of the codes unless the stored one is dropped.
 //
 // Interface. C, no torch: pointers, sizes, the stream. Each call sets the device, launches, and returns a cudaError_t; nothing is
@@ -63,6 +67,7 @@ Plan choose(const Lut8CudaWeight& w, int m, Plan plan, int multiprocessors) {
     plan.warps = (w.row_tiles + plan.row_tiles - 1) / plan.row_tiles > multiprocessors ? 8 : 16;
     plan.warps = std::min(plan.warps, std::max(4, w.k_tiles));
   }
+  if (plan.prefetch < 0) plan.prefetch = kPrefetch;
   return plan;
 }
 
@@ -87,8 +92,9 @@ enum Path : int { kAuto = 0, kFusedDecode = 1, kDecode = 2, kNarrow = 3, kMiddle
 // A quantizer alone: in which order it writes.
 enum Flag : int { kOverlapPair = 1, kOverlapPrevious = 2, kWgmmaOrder = 4 };
 
-static cudaError_t product(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int path, int rows, int warps, bool overlap, cudaStream_t stream) {
-  if (path == kDecode || (path == kAuto && t.m <= 16)) return t.m <= 16 ? decode(w, t, o, {rows, warps, overlap}, stream) : cudaErrorInvalidValue;
+static cudaError_t product(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int path, int rows, int warps, int prefetch, bool overlap,
+                           cudaStream_t stream) {
+  if (path == kDecode || (path == kAuto && t.m <= 16)) return t.m <= 16 ? decode(w, t, o, {rows, warps, prefetch, overlap}, stream) : cudaErrorInvalidValue;
   if (path >= kHopper && path <= kHopper256) return hopper(w, t, o, (path - kHopper) * 128, overlap, stream);
   if (path < kAuto || path > kWide || path == kFusedDecode) return cudaErrorInvalidValue;
   return tiled(w, t, o, path == kAuto ? 0 : path - kNarrow + 1, overlap, stream);
@@ -115,26 +121,26 @@ int lut8_cuda_quantize(int device, const void* x, int x_type, int m, int in, int
 
 // Quantized tokens -> y (m, out), or the raw sums when acc is given.
 int lut8_cuda_product(const Lut8CudaWeight* w, const void* q, const void* scale, const void* zero, int m, void* y, int y_type, void* acc, int path, int rows,
-                      int warps, int flags, void* stream) {
+                      int warps, int prefetch, int flags, void* stream) {
   if (const cudaError_t error = cudaSetDevice(w->device)) return error;
   Tokens t{};
   t.m = m, t.q = static_cast<const int8_t*>(q), t.scale = static_cast<const float*>(scale), t.zero = static_cast<const int32_t*>(zero);
-  return product(*w, t, {y, y_type, static_cast<int32_t*>(acc)}, path, rows, warps, flags & kOverlapPrevious, static_cast<cudaStream_t>(stream));
+  return product(*w, t, {y, y_type, static_cast<int32_t*>(acc)}, path, rows, warps, prefetch, flags & kOverlapPrevious, static_cast<cudaStream_t>(stream));
 }
 
 // x (m, in) -> y (m, out): one launch (fused) or two. q, scale and zero are workspace, unused by the fused path.
 int lut8_cuda_linear(const Lut8CudaWeight* w, const void* x, int x_type, int m, int top, const float* factors, void* q, void* scale, void* zero, void* y,
-                     int y_type, int path, int rows, int warps, int flags, void* stream) {
+                     int y_type, int path, int rows, int warps, int prefetch, int flags, void* stream) {
   if (const cudaError_t error = cudaSetDevice(w->device)) return error;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   Tokens t = raw_tokens(x, x_type, m, top, factors);
   const Output o{y, y_type, nullptr};
-  if (path == kFusedDecode) return m <= 8 ? decode(*w, t, o, {rows, warps, flags & kOverlapPrevious}, on) : cudaErrorInvalidValue;
+  if (path == kFusedDecode) return m <= 8 ? decode(*w, t, o, {rows, warps, prefetch, flags & kOverlapPrevious}, on) : cudaErrorInvalidValue;
   const cudaError_t error = quantize(t, w->in, w->k_tiles * kTileK, static_cast<int8_t*>(q), static_cast<float*>(scale), static_cast<int32_t*>(zero),
                                      path >= kHopper, flags & kOverlapPrevious, on);
   if (error != cudaSuccess) return error;
   t.x = nullptr, t.q = static_cast<int8_t*>(q), t.scale = static_cast<float*>(scale), t.zero = static_cast<int32_t*>(zero);
-  return product(*w, t, o, path, rows, warps, flags & kOverlapPair, on);
+  return product(*w, t, o, path, rows, warps, prefetch, flags & kOverlapPair, on);
 }
 
 // int8 weights (row_tiles * 16, k_tiles * 128), row-major: rows and channels beyond the layer's hold anything but meet q = 0 or no row.

@@ -24,6 +24,8 @@ extern "C" struct Lut8CudaWeight {
   const float* row_scale;
   const int32_t* row_sum;
   const float* bias;        // may be null
+  const void* next[2];      // codes and levels of the weight that is needed next, may be null: decode asks them into the L2
+  uint32_t next_bytes[2];   // multiples of 16
 };
 
 // Tokens: x (m, in) to be quantized by the kernel itself, or q (m, k_tiles * 128) with scale and zero.
@@ -45,7 +47,7 @@ struct Output {
 
 // How a decode launch is cut. Zero fields are chosen from the shape.
 struct Plan {
-  int row_tiles, warps, overlap;  // overlap: programmatic dependent launch (Hopper)
+  int row_tiles, warps, prefetch, overlap;  // prefetch: k tiles asked into the L2 ahead, negative: chosen; overlap: programmatic dependent launch (Hopper)
 };
 
 cudaError_t covered();  // whether the current device has code in this object
@@ -88,33 +90,37 @@ __device__ __forceinline__ void store_four(const Output& o, int64_t at, const fl
 }
 
 // The levels of one lane and row tile: the words of rows g and g + 8, for one group or (groups of 16 channels) for two.
-// `table` is the shared address of the codebook.
+// `words` gives them as [half of the channels][row]; `table` is the shared address of the codebook.
 template <bool kCodebook, bool kTwo>
 struct Levels;
 template <>
 struct Levels<false, false> {
   int2 raw;
   __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const int2*>(w.words + at)); }
-  __device__ __forceinline__ uint32_t word(uint32_t, int, int row) const { return row ? raw.y : raw.x; }
+  __device__ __forceinline__ void words(uint32_t, uint32_t (&to)[2][2]) const { to[0][0] = to[1][0] = raw.x, to[0][1] = to[1][1] = raw.y; }
 };
 template <>
 struct Levels<false, true> {
   int4 raw;
   __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const int4*>(w.words + at)); }
-  __device__ __forceinline__ uint32_t word(uint32_t, int half, int row) const { return half ? (row ? raw.w : raw.z) : (row ? raw.y : raw.x); }
+  __device__ __forceinline__ void words(uint32_t, uint32_t (&to)[2][2]) const { to[0][0] = raw.x, to[0][1] = raw.y, to[1][0] = raw.z, to[1][1] = raw.w; }
 };
 template <>
 struct Levels<true, false> {
   uint32_t raw;
   __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const unsigned short*>(w.group_codes + at)); }
-  __device__ __forceinline__ uint32_t word(uint32_t table, int, int row) const { return load_shared(table + (raw >> (8 * row) & 255) * 4); }
+  __device__ __forceinline__ void words(uint32_t table, uint32_t (&to)[2][2]) const {
+    to[0][0] = to[1][0] = load_shared(table + (raw & 255) * 4);
+    to[0][1] = to[1][1] = load_shared(table + (raw >> 8) * 4);
+  }
 };
 template <>
 struct Levels<true, true> {
   uint32_t raw;
   __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const uint32_t*>(w.group_codes + at)); }
-  __device__ __forceinline__ uint32_t word(uint32_t table, int half, int row) const {
-    return load_shared(table + (raw >> (16 * half + 8 * row) & 255) * 4);
+  __device__ __forceinline__ void words(uint32_t table, uint32_t (&to)[2][2]) const {
+    to[0][0] = load_shared(table + (raw & 255) * 4), to[0][1] = load_shared(table + (raw >> 8 & 255) * 4);
+    to[1][0] = load_shared(table + (raw >> 16 & 255) * 4), to[1][1] = load_shared(table + (raw >> 24) * 4);
   }
 };
 
@@ -135,8 +141,27 @@ struct WeightTile {
   }
 };
 
+// Asks for `count` k tiles, from `from` on, of the block's row tiles to be in the L2: one thread a row tile. Registers hold a tile or two a
+// warp; the rest of the memory's latency is hidden here.
+constexpr int kPrefetch = 64;  // k tiles where nothing else was measured: a multiprocessor's share stays far below the L2's size
+
+template <bool kCodebook>
+__device__ __forceinline__ void prefetch_tiles(const Lut8CudaWeight& w, int first_row_tile, int rows, int from, int count) {
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tiles = min(count, w.k_tiles - from);
+  if (threadIdx.x % 32 || tiles <= 0) return;
+  for (int r = warp; r < rows; r += warps) {
+    if (first_row_tile + r >= w.row_tiles) break;
+    const int64_t at = tile_index(first_row_tile + r, from, w.k_tiles);
+    const int entries = 16 * w.groups_per_tile;
+    prefetch_bulk(w.codes + at * 128, tiles * 512);
+    if (kCodebook) prefetch_bulk(w.group_codes + at * entries, tiles * entries);
+    else prefetch_bulk(w.words + at * entries, tiles * entries * 4);
+  }
+}
+
 // Half a tile (16 channels a lane, two mma steps) of A fragments: a[step] for rows g (registers 0, 2) and g + 8 (registers 1, 3).
-__device__ __forceinline__ void expand(uint32_t upper_codes, uint32_t lower_codes, uint32_t upper, uint32_t lower, uint32_t (&a)[2][4]) {
+__device__ __forceinline__ void expand(const uint4& codes, const uint32_t (&words)[2][2], int half, uint32_t (&a)[2][4]) {
+  const uint32_t upper_codes = half ? codes.y : codes.x, lower_codes = half ? codes.w : codes.z, upper = words[half][0], lower = words[half][1];
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     const uint32_t u = upper_codes >> (2 * step) & kSelector, l = lower_codes >> (2 * step) & kSelector;

@@ -21,12 +21,14 @@ __global__ void __launch_bounds__(256) dequantize_kernel(Lut8CudaWeight w, int8_
   Levels<kCodebook, kTwo> levels;
   levels.load(w, level_index(tile, lane, w.groups_per_tile));
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  uint32_t level_words[2][2];
+  levels.words(shared_address(table), level_words);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     int8_t* target = weight + (row_tile * kTileRows + lane_row(lane, row)) * stride + k_tile * kTileK + lane_channel(lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t word = words[2 * row + half], level = levels.word(shared_address(table), half, row);
+      const uint32_t word = words[2 * row + half], level = level_words[half][row];
       *reinterpret_cast<uint4*>(target + 16 * half) = make_uint4(prmt(level, selector(word, 0)), prmt(level, selector(word, 1)),
                                                                  prmt(level, selector(word, 2)), prmt(level, selector(word, 3)));
     }

@@ -16,7 +16,8 @@ struct Factors {
 
 struct ScaleZero {
   float scale, zero;  // zero holds an integer
-  bool finite;
+  bool finite, quick; // quick: `divided` may serve
+  float inverse;      // 1 / scale, correctly rounded
 };
 
 // `high` = max(x, 0) and `low` = max(-x, 0) over the token, infinite when a value is not finite.
@@ -24,35 +25,49 @@ LUT8_FN ScaleZero scale_zero(float high, float low, const Factors& f) {
   const float top = static_cast<float>(f.top), high_part = f.clip_max * high, low_part = f.clip_min * -low;
   float s = (high_part - low_part) / top;
   if (s < 1.17549435e-38f) s = 1.0f;  // the smallest normal number
-  if (!(s < INFINITY)) return {NAN, 0.0f, false};
-  return {s, fminf(fmaxf(rintf(-low_part / s), 0.0f), top), true};
+  if (!(s < INFINITY)) return {NAN, 0.0f, false, false, 0.0f};
+  const bool quick = s > 0x1p-40f && s < 0x1p60f && high < 0x1p60f && low < 0x1p60f;
+  return {s, fminf(fmaxf(rintf(-low_part / s), 0.0f), top), true, quick, 1.0f / s};
 }
 
-// Entry `u` of the look-up table: the value whose lower midpoint is the last one under u. Every midpoint (v_k + v_k+1)/2 is half an
-// integer h_k, and  h_k/2 < t  <=>  h_k < ceil(2t), so 256 entries indexed by ceil(2t), clamped, hold the answer for every t.
-LUT8_FN uint8_t piecewise_entry(int u, float z, const Factors& f) {
+// x / scale, correctly rounded, without a division: one correction makes the product with the inverse faithful, and a second one exact
+// (Markstein 1990; needs the correctly rounded inverse and no underflow that matters, see `quick`).
+LUT8_FN float divided(float x, const ScaleZero& t) {
+  float q = x * t.inverse;
+  q = fmaf(fmaf(-q, t.scale, x), t.inverse, q);
+  return fmaf(fmaf(-q, t.scale, x), t.inverse, q);
+}
+
+// Value `k` (0..15) of the piecewise quantizer, see activation.py: `start` + rint(steps * span / parts) of the tail or core that k is in.
+// One expression for the three, so that the lanes of a warp stay together.
+LUT8_FN int piecewise_value(int k, float z, const Factors& f) {
   const float a = rintf(f.knee_low * z), b = rintf(f.knee_high * (127.0f - z));
-  int last = 0, value = 0;
-#ifdef __CUDACC__
-#pragma unroll
-#endif
-  for (int k = 1; k < 16; ++k) {
-    float v;
-    if (k < 4) v = rintf(static_cast<float>(k) * (z - a) / 4.0f);
-    else if (k < 12) v = (z - a) + rintf(static_cast<float>(k - 4) * (a + b) / 7.0f);
-    else v = (z + b) + rintf(static_cast<float>(k - 11) * (127.0f - z - b) / 4.0f);
-    const int now = static_cast<int>(v);
-    if (last + now < u) value = now;
-    last = now;
-  }
-  return static_cast<uint8_t>(value);
+  const bool low = k < 4, core = k < 12;
+  const float start = low ? 0.0f : core ? z - a : z + b, span = low ? z - a : core ? a + b : 127.0f - z - b;
+  const float steps = static_cast<float>(low ? k : core ? k - 4 : k - 11), parts = core && !low ? 7.0f : 4.0f;
+  return static_cast<int>(start + rintf(steps * span / parts));
 }
 
-// The code of one value; the table serves piecewise codes only.
-LUT8_FN uint32_t code_of(float x, const ScaleZero& t, int top, const uint8_t* table) {
-  const float steps = x / t.scale;
-  if (top == 15) return static_cast<uint32_t>(fminf(fmaxf(rintf(steps) + t.zero, 0.0f), 15.0f));
-  return table[static_cast<uint32_t>(fminf(fmaxf(ceilf((steps + t.zero) * 2.0f), 0.0f), 255.0f))];
+// The look-up table. Every midpoint (v_k + v_k+1)/2 is half an integer h_k, and  h_k/2 < t  <=>  h_k < ceil(2t), so 256 entries indexed
+// by ceil(2t), clamped, hold the answer for every t: entry u is v_k+1 of the last k with h_k < u. A step is h_k and v_k+1 in one word;
+// going through the 15 steps, the low byte of `entry` becomes the value.
+LUT8_FN uint32_t piecewise_step(int value, int next) { return static_cast<uint32_t>(value + next) << 8 | static_cast<uint32_t>(next); }
+LUT8_FN uint32_t take_step(uint32_t entry, uint32_t step, int u) { return step < static_cast<uint32_t>(u) << 8 ? step : entry; }
+
+// ceil(2t) of a t in 0..127.5: the sum rounds up at 2^23, where neighbours are 1 apart.
+LUT8_FN uint32_t half_steps(float t) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(__fmaf_ru(t, 2.0f, 8388608.0f)) & 255;
+#else
+  return static_cast<uint32_t>(ceilf(t * 2.0f));
+#endif
+}
+
+// The code of a value, given x / scale; the table serves piecewise codes only.
+template <int kTop>
+LUT8_FN uint32_t code_of(float steps, const ScaleZero& t, const uint8_t* table) {
+  if (kTop == 15) return static_cast<uint32_t>(fminf(fmaxf(rintf(steps) + t.zero, 0.0f), 15.0f));
+  return table[half_steps(fminf(fmaxf(steps + t.zero, 0.0f), 127.5f))];
 }
 
 }  // namespace lut8

@@ -42,14 +42,14 @@ __device__ __forceinline__ void load_stage(const Lut8CudaWeight& w, const Tokens
 template <class S, bool kCodebook, bool kTwo>
 __device__ __forceinline__ void multiply_stage(const WeightTile<S::kRows, kCodebook, kTwo>& tile, uint32_t tokens, uint32_t table,
                                                int (&acc)[S::kRows][S::kNTiles][4]) {
+  uint32_t words[S::kRows][2][2];
+#pragma unroll
+  for (int r = 0; r < S::kRows; ++r) tile.levels[r].words(table, words[r]);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t a[S::kRows][2][4];
 #pragma unroll
-    for (int r = 0; r < S::kRows; ++r) {
-      const uint4 c = tile.codes[r];
-      expand(half ? c.y : c.x, half ? c.w : c.z, tile.levels[r].word(table, half, 0), tile.levels[r].word(table, half, 1), a[r]);
-    }
+    for (int r = 0; r < S::kRows; ++r) expand(tile.codes[r], words[r], half, a[r]);
 #pragma unroll
     for (int n = 0; n < S::kNTiles; ++n) {
       const uint4 b = load_shared_four((tokens ^ (16 * half)) + n * 8 * kTileK);
@@ -97,8 +97,8 @@ __device__ __forceinline__ void tiled_epilogue(const Lut8CudaWeight& w, const To
       for (int j = 0; j < n; ++j) o.acc[at + j] = sum[j];
       continue;
     }
-    const float scale = __ldg(t.scale + token);
-    const int zero = __ldg(t.zero + token);
+    const float scale = t.scale[token];  // plain loads: a kernel that this one overlaps wrote them
+    const int zero = t.zero[token];
     float v[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) tiled_kernel(Lut8CudaWeight w,
 
   WeightTile<S::kRows, kCodebook, kTwo> now, next;
   now.load(w, row_tile, k_warp, lane);
+  if (blockIdx.x == 0) prefetch_tiles<kCodebook>(w, first_row_tile, S::kRowWarps * S::kRows, S::kKWarps, kPrefetch);
   if (kCodebook)
     for (int i = threadIdx.x; i < 256; i += S::kThreads) table[i] = __ldg(w.codebook + i);
   let_next_start();

@@ -45,6 +45,7 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned __float_as_uint(float v) { unsigned u; std::memcpy(&u, &v, 4); return u; }
 inline float __uint_as_float(unsigned u) { float v; std::memcpy(&v, &u, 4); return v; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -57,7 +58,7 @@ namespace emulated {
 
 constexpr size_t kShared = 256 << 10;
 alignas(1024) inline int8_t shared[kShared];
-inline dim3 thread, block_index, block_size;
+inline dim3 thread, block_index, block_size, grid_size;
 struct Warp { unsigned arrived = 0, generation = 0; uint32_t values[32][8]; };
 inline std::vector<Warp> warps;
 inline unsigned block_arrived, block_generation, finished, idle;
@@ -116,6 +117,7 @@ inline void run_block(dim3 at, dim3 size, const std::function<void()>& kernel) {
 
 }  // namespace emulated
 
+#define gridDim emulated::grid_size
 #define threadIdx emulated::thread
 #define blockIdx emulated::block_index
 #define blockDim emulated::block_size
@@ -128,4 +130,17 @@ inline unsigned __reduce_max_sync(unsigned, unsigned v) {
   for (auto& lane : w.values) most = lane[0] > most ? lane[0] : most;
   emulated::warp_sync();
   return most;
+}
+inline int shuffled(int v, int from) {
+  auto& w = emulated::warp();
+  w.values[emulated::thread.x % 32][0] = static_cast<uint32_t>(v);
+  emulated::warp_sync();
+  const uint32_t got = w.values[from % 32][0];
+  emulated::warp_sync();
+  return static_cast<int>(got);
+}
+template <class T> T __shfl_sync(unsigned, T v, int from) { return static_cast<T>(shuffled(static_cast<int>(v), from)); }
+template <class T> T __shfl_down_sync(unsigned, T v, int by) {
+  const int lane = emulated::thread.x % 32;
+  return static_cast<T>(shuffled(static_cast<int>(v), lane + by < 32 ? lane + by : lane));
 }
