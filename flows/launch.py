@@ -98,7 +98,7 @@ def up(home: Path) -> int:
     """Prefect's server, MLflow's page and the served deployment; what already runs is left as it is."""
     with servers.one_at_a_time(home):
         wanted = servers.prefect_port()
-        prefect = servers.running(home, "prefect")
+        prefect = servers.prefect_that_answers(home)
         if prefect and prefect.port != wanted:
             raise servers.ServerError(f"a run of this home uses a Prefect server on port {prefect.port}; wait for its end, then `make up` starts one on {wanted}")
         prefect = prefect or servers.start_prefect(home, "up", wanted)

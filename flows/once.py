@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 from prefect import tags
 
 from flows.cell_process import write_error
@@ -50,6 +51,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\n{error}", file=sys.stderr)
         write_error(answer, error)
         return error.exit_code
+    except httpx.TransportError as error:
+        gone = LbllmError(f"Prefect's server does not answer at {os.environ.get('PREFECT_API_URL', 'its address')} ({type(error).__name__}); run again, or start one: make up")
+        print(f"\n{gone}", file=sys.stderr)
+        write_error(answer, gone)
+        return gone.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

@@ -111,7 +111,7 @@ def prefect_for_this_run(home: Path) -> Iterator[int]:
     users.mkdir(parents=True, exist_ok=True)
     mine = users / f"{os.getpid()}.json"
     with _one_at_a_time(home):
-        server = running(home, "prefect") or start_prefect(home, "run", _free_port(prefect_port()))
+        server = prefect_that_answers(home) or start_prefect(home, "run", _free_port(prefect_port()))
         write_atomic(mine, json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time()}).encode())
     over = threading.Event()
     threading.Thread(target=_mend, args=(home, server, over), daemon=True).start()
@@ -140,6 +140,19 @@ def _mend(home: Path, server: Server, over: threading.Event) -> None:
                 server = start_prefect(home, server.keeper, server.port)
             except LbllmError as error:
                 log.warning("Prefect's server could not be started again: %s", error)
+
+
+def prefect_that_answers(home: Path) -> Server | None:
+    """The recorded Prefect server, once it answers; one that does not (its starter was killed, it hangs) is stopped."""
+    server = running(home, "prefect")
+    deadline = time.monotonic() + START_SECONDS
+    while server is not None and server.alive() and time.monotonic() < deadline:
+        if answers(f"http://{HOST}:{server.port}/api/health"):
+            return server
+        time.sleep(0.3)
+    if server is not None:
+        stop(home, "prefect")
+    return None
 
 
 def start_prefect(home: Path, keeper: str, port: int) -> Server:
