@@ -19,7 +19,7 @@ BETWEEN = 0.5
 
 
 def trials(bench: Bench, moments: int, seed: int = 0) -> Iterator[Trial]:
-    """`moments` kills, the victims by turns; what Prefect says of a run that died with all its programs is looked at later, at the end."""
+    """`moments` kills, the victims by turns, alone and with their programs by turns; what Prefect says of a run that died with all its programs is looked at later, at the end."""
     left: list[tuple[Trial, float, set[str]]] = []
     for number in range(moments):
         victim = ("flow", "runner", "server")[number % 3]
@@ -28,7 +28,7 @@ def trials(bench: Bench, moments: int, seed: int = 0) -> Iterator[Trial]:
         delay = rng.uniform(0.0, BETWEEN if units else STARTING)
         trial = Trial(f"kill {victim}", f"moment {number}: {delay:.2f} s after unit {units} of {bench.units}")
         try:
-            {"flow": _flow, "runner": _runner, "server": _server}[victim](bench, trial, rng, units, delay, left)
+            {"flow": _flow, "runner": _runner, "server": _server}[victim](bench, trial, number // 3 % 2 == 0, units, delay, left)
         except Exception as error:  # a trial that cannot be carried out is a failure too
             trial.complaints.append(f"{type(error).__name__}: {error}")
         yield trial
@@ -46,13 +46,13 @@ def _arrive(bench: Bench, run: Program, units: int, delay: float) -> bool:
     return there and run.process.poll() is None
 
 
-def _flow(bench: Bench, trial: Trial, rng: random.Random, units: int, delay: float, left: list[tuple[Trial, float, set[str]]]) -> None:
+def _flow(bench: Bench, trial: Trial, alone: bool, units: int, delay: float, left: list[tuple[Trial, float, set[str]]]) -> None:
     """The flow's own process, or that and the command that a person typed."""
     bench.clear()
     run = bench.start(*RUN)
     trial.expect(_arrive(bench, run, units, delay), "the run had ended before its moment")
     flow = run.child("flows.once")
-    alone = flow is not None and rng.random() < 0.5
+    alone = flow is not None and alone
     open_before = set(bench.prefect_running())
     kill([flow] if alone and flow is not None else family(run.process.pid))
     since, kept = time.monotonic(), bench.finished_files()
@@ -76,13 +76,12 @@ def _deploy(bench: Bench) -> Program:
     return bench.start("-m", "prefect", "deployment", "run", "lbllm/full-pipeline", "-p", "model=tiny", "-p", f"overrides={overrides}", "--watch")
 
 
-def _runner(bench: Bench, trial: Trial, rng: random.Random, units: int, delay: float, left: list[tuple[Trial, float, set[str]]]) -> None:
+def _runner(bench: Bench, trial: Trial, alone: bool, units: int, delay: float, left: list[tuple[Trial, float, set[str]]]) -> None:
     """The process that serves the deployments, alone or with the runs it has started."""
     bench.clear()
     run = _deploy(bench)
     trial.expect(_arrive(bench, run, units, delay), "the run had ended before its moment")
     runner = bench.stack.pids()["deployment"]
-    alone = rng.random() < 0.5
     trial.what += ", alone" if alone else ", with its runs"
     kill([psutil.Process(runner)] if alone else family(runner))
     since, kept = time.monotonic(), bench.finished_files()
@@ -96,7 +95,7 @@ def _runner(bench: Bench, trial: Trial, rng: random.Random, units: int, delay: f
     bench.same_again(trial, kept, _deploy(bench))
 
 
-def _server(bench: Bench, trial: Trial, rng: random.Random, units: int, delay: float, left: list[tuple[Trial, float, set[str]]]) -> None:
+def _server(bench: Bench, trial: Trial, alone: bool, units: int, delay: float, left: list[tuple[Trial, float, set[str]]]) -> None:
     """Prefect's server, with all its programs, while a run talks to it: the run itself starts it again and goes on."""
     bench.clear()
     run = bench.start(*RUN)
