@@ -25,7 +25,7 @@ def records() -> tuple[list[dict[str, object]], int]:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             environment = os.environ | {"LBLLM_LONG_TESTS": "1"}
-            subprocess.run([sys.executable, "-m", "pytest", "-q", file, f"--junitxml={report}"], cwd=ROOT, env=environment, check=False)
+            subprocess.run([sys.executable, "-m", "pytest", "-q", file, f"--junitxml={report}", "-o", "junit_family=xunit1"], cwd=ROOT, env=environment, check=False)
             tried, failed = counted(report)
         wrong += failed
         found.append({"name": "bad_inputs", "value": tried, "unit": "1", "kind": kind})
