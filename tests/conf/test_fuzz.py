@@ -28,8 +28,8 @@ from lbllm_core.run import read_config
 LONG = bool(os.environ.get("LBLLM_LONG_TESTS"))
 KEYS = sorted(field_types())
 GROUPS = composing.groups()
-MANY = settings(max_examples=3000 if LONG else 150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-FEW = settings(max_examples=300 if LONG else 25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=1500 if LONG else 150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=150 if LONG else 25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 any_text = st.text(max_size=40)
 numbers = st.one_of(st.integers(), st.floats(), st.sampled_from(["1e400", "-0", "0x10", "1_000", "٣", "²", "nan", "-inf", "9" * 5000])).map(str)

@@ -22,7 +22,7 @@ from lbllm_core.errors import ArtifactError
 from lbllm_core.model import tiny
 from lbllm_core.model.packed_folder import load_packed, load_tokenizer, pack_student
 
-EXAMPLES = 500 if os.environ.get("LBLLM_LONG_TESTS") else 80
+EXAMPLES = 300 if os.environ.get("LBLLM_LONG_TESTS") else 80
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 IDS = torch.arange(1, 17)[None]
 harms = st.one_of(
