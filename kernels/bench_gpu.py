@@ -184,7 +184,8 @@ def said(*command: str) -> str:
 
 
 def commit() -> str:
-    return said("git", "describe", "--always", "--dirty", "--abbrev=12")
+    """LBLLM_COMMIT where it is set (a copied tree's own commit is not the one that was copied), else the checkout's."""
+    return os.environ.get("LBLLM_COMMIT") or said("git", "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def driver() -> str:

@@ -1,7 +1,8 @@
 """Other 2-bit GPU libraries, as installed packages, for `bench_gpu.py --only peers`: skipped with a word where they are not importable.
 
 GemLite: `A16W2_HQQ_INT`, G = 128, its own autotuner. Humming: uint2 weights with fp16 activations, G = 128, its own heuristics. Both get the
-weights rotated past the L2 and CUDA graphs, as ours do. Only their speed is measured here; their numerics are their own.
+weights rotated past the L2 and CUDA graphs, as ours do (`ours_beside`: stored levels of G = 128, quantizer included). Only their speed is
+measured here; their numerics are their own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_timing import SHAPES, Clock, dense_of, graph_us, record, rotated
+from gpu_timing import SHAPES, Clock, dense_of, graph_us, ours_us, record, rotated, weights_of
 
 GROUP = 128
 ROTATED = 200 << 20
@@ -52,15 +53,18 @@ PEERS: dict[str, Callable[[int, int], list[Any]]] = {"gemlite_a16w2": gemlite_la
 
 
 def measure(clock: Clock, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Records of each peer, cuBLAS fp16 beside them: all shapes at the first number of tokens, then at the next (their tuning takes long)."""
+    """Records of each peer, cuBLAS fp16 beside them: all shapes at the first number of tokens, large ones first, then at the next (their tuning takes long)."""
     layers: dict[tuple[str, int, int], list[Any]] = {}
-    for m, (n, k) in itertools.product(tokens, SHAPES):
+    for m, (n, k) in itertools.product(tokens, SHAPES[::-1]):
         if clock.over():
             clock.say("time is over: the rest of the peers is not measured")
             return
         x = torch.randn(m, k, dtype=torch.float16, device="cuda")
         base = graph_us(rotated(dense_of(n, k)[:4], lambda w, x=x: torch.nn.functional.linear(x, w)), 9)
         yield record("cublas_fp16", base, n, k, m)
+        us = ours_us(weights_of(n, k, "explicit", GROUP), x)
+        yield record("ours_beside", us, n, k, m, group_size=GROUP, level_mode="explicit", speedup=base / us)
+        clock.say(f"{n:6} x {k:5}  M={m:<4} ours {us:8.2f} us  {base / us:5.2f}x")
         for name, layers_of in PEERS.items():
             try:
                 made = layers.get((name, n, k)) or layers.setdefault((name, n, k), layers_of(n, k))

@@ -13,10 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lbllm_kernels import cuda, cuda_ops, reference
+from lbllm_kernels import cuda, ops, reference
 from lbllm_kernels.activation import ActFactors, quantize_activations
 from lbllm_kernels.cuda_layout import pad_tokens
+from lbllm_kernels.dispatch import Choice, Prepared, Route
 from lbllm_kernels.format import PackedWeight, int8_weight, row_sums
+from lbllm_kernels.paths import CUDA
 from lbllm_kernels.synthetic import random_packed
 
 SHAPES = ((1, 4), (21, 50), (17, 130), (48, 256), (300, 1000), (576, 576), (192, 1536), (130, 4100), (1000, 2048), (4096, 4096), (1024, 11008))
@@ -202,10 +204,11 @@ def check_operator(tally: Tally) -> None:
     """The torch operator, alone and inside a compiled function."""
     packed = on_gpu(random_packed(300, 1000, 32, "codebook", 7))
     weight = cuda.CudaWeight(packed)
+    prepared = Prepared(1000, 300, packed.codes.device, Choice("cuda", ""), (Route(None, CUDA, weight),), None, packed, False)
     x = torch.randn(2, 5, 1000, dtype=torch.float16, device="cuda")
     plain = cuda.forward(x.view(10, 1000), weight, PIECEWISE).view(2, 5, 300)
-    tally.equal(cuda_ops.linear(x, weight, PIECEWISE), plain, "operator")
-    compiled = torch.compile(lambda v: cuda_ops.linear(v, weight, PIECEWISE) + 1, backend="aot_eager", fullgraph=True)
+    tally.equal(ops.linear(x, prepared, 32, PIECEWISE), plain, "operator")
+    compiled = torch.compile(lambda v: ops.linear(v, prepared, 32, PIECEWISE) + 1, backend="aot_eager", fullgraph=True)
     tally.equal(compiled(x), plain + 1, "compiled operator")
 
 

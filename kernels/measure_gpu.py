@@ -1,4 +1,4 @@
-"""Everything about one GPU in one go:  python kernels/measure_gpu.py --out FOLDER [--minutes 9] [--only build,correctness,...]
+"""Everything about one GPU in one go:  python kernels/measure_gpu.py --out FOLDER [--minutes 10] [--only build,correctness,...]
 
 Builds, checks every path bit by bit, measures plans, decode, prefill, whole models, checks what dispatch may choose, runs the sanitizer,
 the compiled model, the Triton path, a profiler and other libraries. Each part is a process of its own with its own limit: a part that hangs is killed
@@ -6,10 +6,10 @@ with all that it started, and the next one begins. What a part measured until th
 then every file says so (`correctness`): such figures are for finding the fault.
 
 FOLDER then holds session.log (all output), parts.json (exit, seconds and limit of each part), cuda_plans.json, and, in the schema of
-`results/`, kernels.json (products, with the plans that were just measured), models.json, tune.json.
+`results/`, kernels.json (products, with the plans that were just measured), models.json, peers.json, tune.json.
 
     --only PARTS    some of the parts, by name
-    --plans FILE    plans to begin with (default: none; `tune` measures them)
+    --plans FILE    plans to begin with (default: none where `tune` measures them, else those of the repository)
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Part:
     seconds: int
     needs: str = "build"
     program: str = sys.executable
+    threads: int = 0  # of its CPU work, where others run beside it
 
 
 def bench(section: str, seconds: int, minutes: float, *more: str) -> Part:
@@ -51,7 +52,7 @@ def bench(section: str, seconds: int, minutes: float, *more: str) -> Part:
 
 NCU = (
     "--kernel-name", "regex:decode_kernel|hopper_kernel|tiled_kernel|quantize_kernel",
-    "--section", "SpeedOfLight", "--section", "LaunchStats", "--section", "Occupancy", "--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis",
+    "--metrics", "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", "--section", "SpeedOfLight", "--section", "LaunchStats", "--section", "Occupancy", "--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis",
     "--print-summary", "per-kernel", sys.executable, str(KERNELS / "bench_gpu.py"), "--only", "probe", "--out", os.devnull,
 )  # fmt: skip
 MODEL_TEST = "tests/packed/test_devices.py"
@@ -63,13 +64,13 @@ GROUPS: tuple[tuple[Part, ...], ...] = (  # parts of a group run side by side; o
     (bench("prefill", 75, 0.9),),
     (bench("model", 110, 1.3, "--decode-out", "{out}/part_model.json"),),
     (
-        Part("paths", (str(KERNELS / "check_paths.py"), "--minutes", "0.9"), 80, ""),
+        Part("paths", (str(KERNELS / "check_paths.py"), "--minutes", "1.6"), 125, ""),
         bench("sanitize", 85, 3),
-        Part("model_test", ("-m", "pytest", MODEL_TEST, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:logging"), 80),
+        Part("model_test", ("-m", "pytest", MODEL_TEST, "-v", "--durations=6", "-p", "no:cacheprovider", "-p", "no:logging"), 125, threads=2),
     ),
     (bench("triton", 55, 0.6),),
     (Part("profile", NCU, 60, program="ncu"),),
-    (bench("peers", 100, 1.4),),
+    (bench("peers", 165, 2.5),),
 )
 PARTS = tuple(part for group in GROUPS for part in group)
 
@@ -106,7 +107,7 @@ class Session:
         command = [part.program, *(word.replace("{out}", str(self.out)) for word in part.command)]
         self.say(f"--- {part.name}: {' '.join(part.command)}")
         try:
-            process = self.start_process(command)
+            process = self.start_process(command, part.threads)
         except OSError as error:
             self.note(part, 127, 0.0, f"{part.program} does not start: {error.strerror}")
             return
@@ -121,9 +122,10 @@ class Session:
         reader.join(5)
         self.note(part, process.poll(), time.monotonic() - begun, how)
 
-    def start_process(self, command: list[str]) -> subprocess.Popen[str]:
+    def start_process(self, command: list[str], threads: int) -> subprocess.Popen[str]:
+        environment = {**self.environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True,
         )  # fmt: skip
 
@@ -147,10 +149,10 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def merge(out: Path, arguments: list[str], correctness: str) -> None:
-    """Parts' records into the files that `results/` holds. A part's own cuBLAS rows beside peers and Triton stay inside their `speedup`."""
-    merged: dict[str, list[dict[str, Any]]] = {"kernels": [], "models": [], "tune": []}
+    """Parts' records into the files that `results/` holds. The Triton part's own cuBLAS rows stay inside their `speedup`."""
+    merged: dict[str, list[dict[str, Any]]] = {"kernels": [], "models": [], "peers": [], "tune": []}
     head: dict[str, Any] = {}
-    for section, into in (("decode", "kernels"), ("prefill", "kernels"), ("triton", "kernels"), ("peers", "kernels"), ("tune", "tune"), ("model", "models")):
+    for section, into in (("decode", "kernels"), ("prefill", "kernels"), ("triton", "kernels"), ("peers", "peers"), ("tune", "tune"), ("model", "models")):
         path = out / f"part_{section}.json"
         if not path.is_file():
             continue
@@ -159,7 +161,7 @@ def merge(out: Path, arguments: list[str], correctness: str) -> None:
         first = not merged[into]
         for record in content["records"]:
             rate = "op" not in record and "engine" not in record
-            if (section in ("triton", "peers") and record.get("op") == "cublas_fp16") or (rate and not first):
+            if (section == "triton" and record.get("op") == "cublas_fp16") or (rate and not first):
                 continue
             merged[into].append(record)
     for name, records in merged.items():
@@ -174,7 +176,7 @@ def main(arguments: list[str]) -> int:
     """Command line; exit 0 when every part that was asked for ended well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--only", default=",".join(part.name for part in PARTS))
     parser.add_argument("--plans", type=Path)
     options = parser.parse_args(arguments)
@@ -184,8 +186,9 @@ def main(arguments: list[str]) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     plans = out / "cuda_plans.json"
-    if options.plans:
-        plans.write_text(options.plans.read_text(encoding="utf-8"), encoding="utf-8")
+    given = options.plans or (None if "tune" in wanted else KERNELS / "lbllm_kernels" / "cuda_plans.json")
+    if given is not None and (options.plans or given.is_file()):
+        plans.write_text(given.read_text(encoding="utf-8"), encoding="utf-8")
     path = os.pathsep.join([str(ROOT), str(KERNELS), *filter(None, [os.environ.get("PYTHONPATH")])])
     session = Session(out, options.minutes, {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "LBLLM_CUDA_PLANS": str(plans)})
     for group in GROUPS:

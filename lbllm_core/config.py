@@ -87,12 +87,19 @@ class SchemeConfig:
     weight_bits: int = number(2, 2, 16, help="2: one bit and one bitmap bit; 16: weights stay as they are")
     level_mode: str = choice("codebook", "explicit", help="four levels from a shared table of quadruples, or stored for each (row, group)")
     level_family: str = choice("free", "affine", "int2", help="four free levels; base + step * code with both in int8; or an INT2 grid with an integer zero (the controls)")
+    snap_levels: bool = flag(True, help="levels are rounded to the int8 grid while they train (straight through); false: only when they are packed")
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
     act_bits: int = number(4, 4, 16, help="4 or 16 (off)")
-    act_variant: str = choice("piecewise", "uniform", "per_group", help="how the 16 activation codes are spread")
+    act_variant: str = choice("piecewise", "uniform", "planes", "per_group", help="how the 16 activation codes are spread; planes: the sums of four fitted binary planes")
     act_group_size: int = number(64, 8, 4096, help="channels that share an activation scale (per_group only)")
+    outlier_channels: int = number(0, 0, 4096, help="input channels of every linear that stay in INT8, weights and activations (the predecessor's; 0: none)")
     kv_bits: int = number(16, 4, 16, help="4 or 16 (off): keys and values in the cache")
+
+    @property
+    def trained_family(self) -> str:
+        """What levels are rounded to while they train: their family's grid, or nothing (`real`)."""
+        return self.level_family if self.snap_levels else "real"
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,13 @@ class WeightDistillConfig:
     polarize: float = number(0.0, 0.0, 1e3, help="weight of the regulariser that drives the latent bitmap to 0 or 1")
     beta_start: float = number(20.0, 0.0, 100.0, help="its exponent at the start")
     beta_end: float = number(2.0, 0.0, 100.0, help="its exponent at the end")
+    pairing: str = choice("low_high", "outer_inner", help="which two of the four sorted levels share a bitmap bit: decides what a bit can flip (latent only)")
     bitmap_start: str = choice("soft", "hard", help="latent bitmap starts from the error gap, or at exactly 0 and 1")
     target: str = choice("teacher", "student", help="teacher outputs on the teacher's stream, or on the student's")
     grad_clip: float = number(1.0, 0.0, 1e6, help="maximum gradient norm; 0: off")
+    joint: bool = flag(False, help="quantized activations from the first step, their clips and knees learn along; stage 3 is left out")
+    lr_clips: float = number(1e-3, 0.0, 1.0, help="clip_max and clip_min of each site (joint only)")
+    lr_knees: float = number(1e-3, 0.0, 1.0, help="knee_low and knee_high of each site (joint only)")
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,10 @@ class HardwareConfig:
     device: str = choice("auto", "cpu", "cuda", help="auto: cuda when there is one")
     compute_dtype: str = choice("auto", "fp32", "bf16", help="matrix products of training; auto: bf16 on a GPU or a CPU with bf16 matrix units, else fp32")
     threads: int = number(0, 0, 1024, help="CPU threads (0: as torch chooses)")
+    gpus: int = number(1, 1, 64, help="processes that share the sequences of stages 1 to 3, each with a GPU (on a CPU: each with a share of it)")
+    streaming: str = choice("auto", "on", "off", help="stages 1 to 3 read the teacher from disk one block at a time, so that no model is whole in memory; auto: on a GPU whose memory the teacher in float32 would half fill")
+    hidden_tier: str = choice("auto", "device", "host", "disk", help="where hidden states lie; auto: the first that has room for both streams")
+    hidden_dtype: str = choice("fp32", "bf16", "fp8", help="how hidden states are kept between blocks (fp8: e4m3 with a scale a token); bf16 and fp8 change results a little, and so the steps' keys")
     preflight: str = choice("refuse", "warn", "off", help="when the estimate before a run says that it cannot fit: refuse it, only say so, or make no estimate")
 
 
@@ -281,6 +296,8 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"scheme.group_size={s.group_size} does not go with scheme.level_mode=codebook; choose 16 or 32, or scheme.level_mode=explicit")
     if s.level_family == "int2" and s.level_mode == "codebook":
         found.append("scheme.level_family=int2 has a scale and a zero for each group and no table; choose scheme.level_mode=explicit, or scheme.level_family=affine")
+    if not s.snap_levels and s.level_family != "free":
+        found.append(f"scheme.snap_levels=false leaves levels off their grid while they train, but scheme.level_family={s.level_family} is one; choose scheme.level_family=free")
     if s.group_size % 4:
         found.append(f"scheme.group_size={s.group_size} must be a multiple of 4 (four codes share a byte)")
     if s.level_mode == "codebook" and c.weight_distill.parameterization == "latent":
@@ -297,11 +314,27 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"end_to_end.batch_size={c.end_to_end.batch_size} is not a multiple of end_to_end.micro_batch={c.end_to_end.micro_batch}")
     if "stage2" in c.evaluation.baselines and not c.weight_distill.enabled:
         found.append("evaluation.baselines holds stage2, which weight_distill.enabled=false leaves out")
-    if "stage3" in c.evaluation.baselines and not (c.act_quant.enabled and min(s.act_bits, s.kv_bits) < 16):
-        found.append("evaluation.baselines holds stage3, which act_quant.enabled=false or scheme.act_bits=16 leaves out")
+    if "stage3" in c.evaluation.baselines and not (c.act_quant.enabled and min(s.act_bits, s.kv_bits) < 16 and not c.weight_distill.joint):
+        found.append("evaluation.baselines holds stage3, which act_quant.enabled=false, scheme.act_bits=16 or weight_distill.joint=true leaves out")
+    if c.weight_distill.joint and not c.weight_distill.enabled:
+        found.append("weight_distill.joint=true trains activations in stage 2, which weight_distill.enabled=false leaves out")
+    if c.weight_distill.joint and min(s.act_bits, s.kv_bits) == 16:
+        found.append("weight_distill.joint=true has no activations to train; choose scheme.act_bits=4, or weight_distill.joint=false")
     if s.act_bits == 4 and s.act_variant == "per_group":
-        found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise or uniform, or scheme.act_bits=16")
+        found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise, uniform or planes, or scheme.act_bits=16")
+    if c.hardware.gpus > 1:
+        found += _rank_problems(c)
     return found + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
+
+
+def _rank_problems(c: RunConfig) -> list[str]:
+    n = c.hardware.gpus
+    shared = {"ptq_init.sequences": c.ptq_init.sequences}
+    shared |= {f"{stage}.{name}": getattr(getattr(c, stage), name) for stage in ("weight_distill", "act_quant") for name in ("sequences", "batch_size")}
+    found = [f"{key}={value} is no multiple of hardware.gpus={n}, which share it evenly" for key, value in shared.items() if value % n]
+    if c.scheme.act_bits == 4 and c.scheme.act_variant == "planes":
+        found.append(f"scheme.act_variant=planes is fitted in one process; choose hardware.gpus=1 instead of {n}, or another variant")
+    return found
 
 
 def _name_problems(c: RunConfig) -> list[str]:

@@ -44,6 +44,10 @@ class NumericalError(LbllmError):
     """Training or quantization produced NaN or infinity."""
 
 
+class MemoryShortage(LbllmError):
+    """The device ran out of memory where nothing smaller could be tried."""
+
+
 class ArtifactError(LbllmError):
     """A stored file is missing, truncated, altered, or of an unknown version."""
 

@@ -29,7 +29,7 @@ from lbllm_core.errors import GateError
 
 _MODEL = tuple(f"model.{name}" for name in ("source", "path", "file", "sha256", "context", "add_bos", "blocks"))
 _DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len", "temperature")))
-_WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size"))
+_WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size", "outlier_channels", "snap_levels"))
 _ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "act_group_size", "kv_bits"))
 _MEASURED = tuple(f"evaluation.{name}" for name in ("protocols", "tasks", "task_limit", "batch_tokens"))
 STEPS_MODULE = "lbllm_core.steps"
@@ -60,8 +60,10 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
         )
     }
 )
+JOINT = replace(SPECS["weight_distill"], fields=tuple(sorted({*SPECS["weight_distill"].fields, *_ACTIVATIONS})))
 AFTER = MappingProxyType({"stage1": "ptq_init", "stage2": "weight_distill", "stage3": "act_quant"})  # rows that are the model after a stage
-STAGES = ("ptq_init", "weight_distill", "act_quant", "end_to_end")  # the steps that hand a student on
+SWEEPS = ("ptq_init", "weight_distill", "act_quant")  # stages that go through the model block by block
+STAGES = (*SWEEPS, "end_to_end")  # the steps that hand a student on
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Finished:
     minutes: float
 
 
+def spec_of(name: str, config: RunConfig) -> StepSpec:
+    """A step as this config runs it: joint training reads the activations' format in stage 2, which else stays independent of it."""
+    return JOINT if name == "weight_distill" and config.weight_distill.joint else SPECS[name]
+
+
 def why_skipped(config: RunConfig) -> dict[str, str]:
     """`{step: reason}` for the stages that this config leaves out."""
     scheme, reasons = config.scheme, {}
@@ -93,6 +100,8 @@ def why_skipped(config: RunConfig) -> dict[str, str]:
         reasons["act_quant"] = "activations and cache stay in full precision"
     elif not config.act_quant.enabled:
         reasons["act_quant"] = "act_quant.enabled=false"
+    elif config.weight_distill.joint:
+        reasons["act_quant"] = "weight_distill.joint=true trains activations in stage 2"
     if not config.end_to_end.enabled:
         reasons["end_to_end"] = "end_to_end.enabled=false"
     if scheme.weight_bits == 16:
@@ -108,7 +117,7 @@ def plan(config: RunConfig) -> tuple[PlannedStep, ...]:
     student = ""
     for name in STAGES:
         if name not in skipped:
-            steps.append(PlannedStep(name, SPECS[name], config, "final", {"student": student} if student else {}))
+            steps.append(PlannedStep(name, spec_of(name, config), config, "final", {"student": student} if student else {}))
             student = name
     if student:
         steps += _measured(config, "final", student)
@@ -164,6 +173,10 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
     from lbllm_core.model.store import file_digest
 
     found = resolve(config.hardware).describe() | {"model weights": weights or teacher_digest(config.model, home)}
+    if spec.name in SWEEPS and config.hardware.hidden_dtype != "fp32":
+        found["hidden states"] = config.hardware.hidden_dtype
+    if spec.name in SWEEPS and config.hardware.gpus > 1:
+        found["gpus"] = str(config.hardware.gpus)
     if any(name.startswith("dataset.") for name in spec.fields):
         found["calibration text"] = generated_digest(config, home) if config.dataset.source == "self_generated" else data_digest(config.dataset)
     if "evaluation.protocols" in spec.fields:

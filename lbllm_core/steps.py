@@ -25,12 +25,13 @@ from typing import Any
 from lbllm_kernels.activation import ActFactors
 from torch import Tensor
 
-from lbllm_core.config import RunConfig
+from lbllm_core.config import RunConfig, config_to_dict
 from lbllm_core.engine.block_sweep import SweepPlan, Work, sweep
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.engine.hardware import Hardware, resolve
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.memory import release
+from lbllm_core.engine.ranks import ALONE, Ranks
 from lbllm_core.engine.step import Metrics, StepContext
 from lbllm_core.model.blocks import SITES, Decoder
 from lbllm_core.model.card import Origin
@@ -43,24 +44,70 @@ SCORES = "scores.safetensors"
 class _Bench:
     """What every stage needs on its table: the teacher on the device, tokens, hardware."""
 
-    def __init__(self, config: RunConfig, home: Path, sequences: int):
+    def __init__(self, config: RunConfig, home: Path, sequences: int, sweep: bool = True, ranks: Ranks = ALONE):
+        """sweep: the stage goes block by block, so the teacher may be streamed."""
         from lbllm_core.data.tokens import calibration_tokens
+        from lbllm_core.engine.tiers import choose_streaming
         from lbllm_core.model.load import load_teacher
+        from lbllm_core.model.streamed import load_streamed
 
-        self.hardware: Hardware = resolve(config.hardware)
-        teacher = load_teacher(config.model, home)
-        self.ids: Tensor = calibration_tokens(config, teacher.tokenizer, home)[:sequences].to(self.hardware.device)
-        self.decoder = Decoder(teacher.model.to(self.hardware.device).requires_grad_(False))
-        self.tokenizer = teacher.tokenizer
+        self.hardware: Hardware = resolve(config.hardware, ranks)
+        self.decoder: Decoder
+        if sweep and choose_streaming(config, self.hardware, home):
+            self.decoder, self.tokenizer = load_streamed(config.model, home, self.hardware.device)
+        else:
+            teacher = load_teacher(config.model, home)
+            self.decoder, self.tokenizer = Decoder(teacher.model.to(self.hardware.device).requires_grad_(False)), teacher.tokenizer
+        self.ids: Tensor = calibration_tokens(config, self.tokenizer, home)[:sequences].to(self.hardware.device)
+
+
+def _job_of(step: str, context: StepContext) -> tuple[Work, SweepPlan]:
+    """What a step does with each block, and how it wants the loop to run."""
+    from lbllm_core.stages.act_quant import refine_block
+    from lbllm_core.stages.ptq_init import quantize_block
+    from lbllm_core.stages.weight_distill import distill_block
+
+    c, s = context.config, context.config.scheme
+    if step == "ptq_init":
+        return lambda job: quantize_block(job, s, c.ptq_init, c.seed), SweepPlan(step, False)
+    start = context.inputs["student"]
+    variant, act_group = activation_format(c)
+    if step == "weight_distill":
+        plan = SweepPlan(step, True, target_on_student_stream=c.weight_distill.target == "student")
+        if c.weight_distill.joint:
+            plan = replace(plan, variant=variant, act_group_size=act_group, kv_bits=s.kv_bits)
+        return lambda job: distill_block(job, load_block(start, job.index, "none"), s, c.weight_distill, c.seed), plan
+    plan = SweepPlan(step, True, variant=variant, act_group_size=act_group, kv_bits=s.kv_bits)
+    return lambda job: refine_block(job, load_block(start, job.index, "none"), s, c.act_quant, c.seed), plan
+
+
+def sweep_here(step: str, context: StepContext, ranks: Ranks = ALONE) -> list[dict[str, float]]:
+    """A step's sweep in this process, which may be one of several; the figures of each block."""
+    from lbllm_core.engine.tiers import store_plan
+
+    bench = _Bench(context.config, context.home, getattr(context.config, step).sequences, ranks=ranks)
+    work, plan = _job_of(step, context)
+    mine = (len(bench.ids) // ranks.size, bench.ids.shape[1], bench.decoder.width)
+    store = store_plan(context.config, bench.hardware, context.home, mine, bench.decoder.streamed)
+    return sweep(bench.decoder, bench.ids, work, plan, Ledger(context.folder), bench.hardware, context.report, store)
+
+
+def _sweep(step: str, context: StepContext) -> list[dict[str, float]]:
+    """A step's sweep, here or in `hardware.gpus` processes."""
+    count = context.config.hardware.gpus
+    if count == 1:
+        return sweep_here(step, context)
+    from lbllm_core.engine.launch_ranks import run_ranks
+
+    request = {"step": step, "config": config_to_dict(context.config), "inputs": {k: str(v) for k, v in context.inputs.items()}, "folder": str(context.folder), "home": str(context.home)}
+    run_ranks(count, request, context.folder, context.report)
+    blocks = len(list(context.folder.glob("block_*.safetensors")))
+    return [Ledger(context.folder).figures(i) for i in range(blocks)]
 
 
 def ptq_init(context: StepContext) -> Metrics:
     """Stage 1. Metrics: mean weighted error of the linears, mean extra error of the int8 snap, effective bits."""
-    from lbllm_core.stages.ptq_init import quantize_block
-
-    c = context.config
-    bench = _Bench(c, context.home, c.ptq_init.sequences)
-    figures = _sweep(bench, lambda job: quantize_block(job, c.scheme, c.ptq_init, c.seed), SweepPlan("ptq_init", False), context)
+    figures = _sweep("ptq_init", context)
     errors = [v for block in figures for k, v in block.items() if k.startswith("weight_error/")]
     snaps = [v for block in figures for k, v in block.items() if k.startswith("snap_error/")]
     curves = {"weight_error": [sum(v for k, v in b.items() if k.startswith("weight_error/")) / 7 for b in figures]}
@@ -70,27 +117,12 @@ def ptq_init(context: StepContext) -> Metrics:
 
 def weight_distill(context: StepContext) -> Metrics:
     """Stage 2. Metrics: mean and last-block relative error of the blocks' outputs."""
-    from lbllm_core.stages.weight_distill import distill_block
-
-    c = context.config
-    bench = _Bench(c, context.home, c.weight_distill.sequences)
-    start = context.inputs["student"]
-    plan = SweepPlan("weight_distill", True, target_on_student_stream=c.weight_distill.target == "student")
-    figures = _sweep(bench, lambda job: distill_block(job, load_block(start, job.index, "none"), c.scheme, c.weight_distill, c.seed), plan, context)
-    return _block_metrics("stage2", figures, context)
+    return _block_metrics("stage2", _sweep("weight_distill", context), context)
 
 
 def act_quant(context: StepContext) -> Metrics:
     """Stage 3. Metrics as stage 2, now with quantized activations."""
-    from lbllm_core.stages.act_quant import refine_block
-
-    c, s = context.config, context.config.scheme
-    bench = _Bench(c, context.home, c.act_quant.sequences)
-    start = context.inputs["student"]
-    variant, act_group = activation_format(c)
-    plan = SweepPlan("act_quant", True, variant=variant, act_group_size=act_group, kv_bits=s.kv_bits)
-    figures = _sweep(bench, lambda job: refine_block(job, load_block(start, job.index, "none"), s, c.act_quant, c.seed), plan, context)
-    return _block_metrics("stage3", figures, context)
+    return _block_metrics("stage3", _sweep("act_quant", context), context)
 
 
 def end_to_end(context: StepContext) -> Metrics:
@@ -98,7 +130,7 @@ def end_to_end(context: StepContext) -> Metrics:
     from lbllm_core.stages.end_to_end import Refinement, refine
 
     c = context.config
-    bench = _Bench(c, context.home, c.dataset.sequences)
+    bench = _Bench(c, context.home, c.dataset.sequences, sweep=False)
     variant, act_group = activation_format(c)
     start = (load_block(context.inputs["student"], i, variant, act_group) for i in range(len(bench.decoder.blocks)))
     refinement = Refinement(bench.decoder, c.end_to_end, c.scheme, bench.hardware, c.seed)
@@ -228,10 +260,6 @@ def activation_format(c: RunConfig) -> tuple[str, int]:
     """Variant name and channel group of a config's activations; `none` where they stay as they are."""
     variant = c.scheme.act_variant if c.scheme.act_bits == 4 else "none"
     return variant, c.scheme.act_group_size if variant == "per_group" else 0
-
-
-def _sweep(bench: _Bench, work: Work, plan: SweepPlan, context: StepContext) -> list[dict[str, float]]:
-    return sweep(bench.decoder, bench.ids, work, plan, Ledger(context.folder), bench.hardware, context.report)
 
 
 def _block_metrics(section: str, figures: list[dict[str, float]], context: StepContext) -> Metrics:

@@ -126,7 +126,8 @@ def partial_body(name: str, heard: Report) -> Callable[..., dict[str, Any]]:
             for listener in (terminal, page, heard):
                 listener(progress)
 
-        spec, typed, inputs = pipeline.SPECS[name], config_from_dict(config), _handles(upstream)
+        typed, inputs = config_from_dict(config), _handles(upstream)
+        spec = pipeline.spec_of(name, typed)
         handle = run_step(spec, typed, inputs, Path(home), report, pipeline.facts(spec, typed, Path(home)))
         return handle.to_dict() | {"reused": handle.reused}
 
@@ -140,7 +141,8 @@ def step_key(name: str, parameters: dict[str, Any]) -> str | None:
     Prefect would hide an exception here; the task's body computes the same key, so the reason is raised there.
     """
     try:
-        home, spec, config = Path(parameters["home"]), pipeline.SPECS[name], config_from_dict(parameters["config"])
+        home, config = Path(parameters["home"]), config_from_dict(parameters["config"])
+        spec = pipeline.spec_of(name, config)
         key = key_of(key_parts(spec, config, _handles(parameters["upstream"]), pipeline.facts(spec, config, home)))
         check_unless_busy(home, name, key)
     except Exception:

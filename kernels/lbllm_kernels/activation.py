@@ -7,12 +7,15 @@ paths repeat it literally: fp32, IEEE division, round half to even (`rint`), no 
 **Equations** (method.md, section 2; paper eq. 2 with one scale). Per token, with zero always inside the range:
 
     hi = max(max x, 0)      lo = min(min x, 0)      range = clip_max*hi - clip_min*lo
-    s  = range / n          z = clamp(rint(-(clip_min*lo) / s), 0, n)          n = 15 (uniform) or 127 (piecewise)
+    s  = range / n          z = clamp(rint(-(clip_min*lo) / s), 0, n)          n = 15 (uniform) or 127 (piecewise, planes)
     X_hat = s * (q - z)
 
 * `uniform`:   `q = clamp(rint(x/s) + z, 0, 15)`.
 * `piecewise`: `q` is the one of sixteen integers `v_0 < ... < v_15` in 0..127 nearest to `t = x/s + z`; a dense core of eight
   around `z`, four sparse values on each side (`piecewise_values`). A linear layer stays ONE int8 x int8 -> int32 product.
+* `planes`:    `q` is the nearest to `t` of the sixteen subset sums of four integers, the plane weights `p_0..p_3`, fitted for each site
+  (BWA, arXiv 2504.05352: an activation as four binary planes, `q = p_0 B_0 + .. + p_3 B_3`). The table does not depend on the token.
+  `planes.py` computes the same product plane by plane.
 * `none`: no quantization (A16). `per_group` needs a flush per group and is emulated in `lbllm_core`; refused here.
 
 **Edges.** A scale below the smallest normal fp32 (a constant-zero token, or one of denormals) becomes 1, so all codes equal
@@ -28,12 +31,15 @@ at ties and is rounded differently on different machines.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-VARIANTS = ("none", "uniform", "piecewise", "per_group")
+VARIANTS = ("none", "uniform", "piecewise", "planes", "per_group")
+PACKED_VARIANTS = ("uniform", "piecewise", "planes")  # with codes a token, which the packed product takes
+POWERS_OF_TWO = (8, 17, 34, 68)  # 127/15 * 2^j, rounded: planes before they are fitted
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 UNIFORM_TOP = 15
 PIECEWISE_TOP = 127
@@ -44,7 +50,8 @@ class ActFactors:
     """The learned numbers of one input site (qkv, o, gate_up or down).
 
     `clip_max`, `clip_min` > 0 shrink or stretch the range; `knee_low`, `knee_high` in 0..1 are the shares of the way from the
-    zero point to either end that the dense core covers (piecewise only). `group_size` belongs to `per_group` alone.
+    zero point to either end that the dense core covers (piecewise only). `planes`: four plane weights, integers above 0, ascending, at
+    most 127 in all (planes only). `group_size` belongs to `per_group` alone.
     Numbers are rounded to fp32 before use. Raises ValueError naming the field.
     """
 
@@ -54,6 +61,7 @@ class ActFactors:
     knee_low: float = 0.25
     knee_high: float = 0.25
     group_size: int = 0
+    planes: tuple[int, ...] = POWERS_OF_TWO
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -66,10 +74,30 @@ class ActFactors:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"activation {name}={value!r} must lie in 0..1")
+        p = self.planes
+        if len(p) != 4 or any(type(w) is not int for w in p) or not 0 < p[0] <= p[1] <= p[2] <= p[3] or sum(p) > PIECEWISE_TOP:
+            raise ValueError(f"activation planes={p!r} must be four ascending integers above 0 with a sum of at most {PIECEWISE_TOP}")
+
+    def numbers(self) -> list[float]:
+        """The numbers that files hold: clips and knees, or clips and plane weights."""
+        rest = self.planes if self.variant == "planes" else (self.knee_low, self.knee_high)
+        return [self.clip_max, self.clip_min, *map(float, rest)]
+
+
+def factors_of(variant: str, numbers: Sequence[float], group_size: int = 0) -> ActFactors:
+    """The inverse of `ActFactors.numbers`. Raises ValueError for numbers that are not a quantizer's."""
+    if len(numbers) != len(ActFactors(variant).numbers()):
+        raise ValueError(f"activation variant {variant!r} does not have {len(numbers)} numbers")
+    clip_max, clip_min, *planes = numbers
+    if variant != "planes":
+        return ActFactors(variant, clip_max, clip_min, planes[0], planes[1], group_size)
+    if not all(float(p).is_integer() for p in planes):
+        raise ValueError(f"activation planes={planes!r} must be integers")
+    return ActFactors(variant, clip_max, clip_min, planes=tuple(map(int, planes)))
 
 
 def _fp32(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)  # made on the device: a CUDA graph can hold it
 
 
 def piecewise_values(zero_point: Tensor, knee_low: float, knee_high: float) -> Tensor:
@@ -86,6 +114,20 @@ def piecewise_values(zero_point: Tensor, knee_low: float, knee_high: float) -> T
     values += [(z - a) + torch.round(j * (a + b) / _fp32(7, z)) for j in range(8)]
     values += [(z + b) + torch.round(i * (PIECEWISE_TOP - z - b) / 4) for i in range(1, 5)]
     return torch.stack(values, dim=-1)
+
+
+def plane_masks(planes: tuple[int, ...]) -> tuple[int, ...]:
+    """Which planes make each of the sixteen values, by ascending value: bit j of a mask is plane j. Of equal sums the smaller mask is first."""
+    return tuple(sorted(range(16), key=lambda mask: (_subset_sum(planes, mask), mask)))
+
+
+def plane_values(planes: tuple[int, ...]) -> list[int]:
+    """The sixteen subset sums of four plane weights, ascending, 0 first."""
+    return [_subset_sum(planes, mask) for mask in plane_masks(planes)]
+
+
+def _subset_sum(planes: tuple[int, ...], mask: int) -> int:
+    return sum(weight for j, weight in enumerate(planes) if mask >> j & 1)
 
 
 def token_scale(x: Tensor, factors: ActFactors) -> tuple[Tensor, Tensor]:
@@ -110,8 +152,8 @@ def quantize_activations(x: Tensor, factors: ActFactors) -> tuple[Tensor, Tensor
 
     `X_hat = scale * (q - zero_point)`. Raises ValueError for variants without per-token codes (`none`, `per_group`).
     """
-    if factors.variant not in ("uniform", "piecewise"):
-        raise ValueError(f"activation variant {factors.variant!r} has no per-token codes; the packed path takes uniform and piecewise")
+    if factors.variant not in PACKED_VARIANTS:
+        raise ValueError(f"activation variant {factors.variant!r} has no per-token codes; the packed path takes {', '.join(PACKED_VARIANTS)}")
     if not x.dtype.is_floating_point or x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"activations must be a float tensor (..., in) with in > 0, got {x.dtype} {tuple(x.shape)}")
     x = x.to(torch.float32)
@@ -119,6 +161,8 @@ def quantize_activations(x: Tensor, factors: ActFactors) -> tuple[Tensor, Tensor
     steps = x / scale
     if factors.variant == "uniform":
         q = (torch.round(steps) + zero).clamp(0, UNIFORM_TOP)
+    elif factors.variant == "planes":
+        q = _nearest(steps + zero, torch.tensor(plane_values(factors.planes), dtype=torch.float32, device=x.device).expand(*zero.shape[:-1], 16))
     else:
         values = piecewise_values(zero, factors.knee_low, factors.knee_high).squeeze(-2)
         q = _nearest(steps + zero, values)
@@ -133,6 +177,18 @@ def _nearest(t: Tensor, values: Tensor) -> Tensor:
     for k in range(midpoints.shape[-1]):
         index += t > midpoints[..., k : k + 1]
     return values.gather(-1, index)
+
+
+def quantize_outliers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The INT8 outlier channels of tokens, symmetric: `x (M, n)` -> `(q int8 (M, n) in -127..127, scale fp32 (M, 1))`, value `scale * q`.
+
+    `scale = max |x| / 127`, 1 for a token of zeros, NaN for one that is not finite.
+    """
+    x = x.to(torch.float32)
+    scale = x.abs().amax(-1, keepdim=True) / _fp32(127.0, x)
+    scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+    scale = torch.where(torch.isfinite(scale), scale, torch.full_like(scale, math.nan))
+    return torch.nan_to_num(torch.round(x / scale), nan=0.0).clamp(-127, 127).to(torch.int8), scale
 
 
 def dequantize_activations(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

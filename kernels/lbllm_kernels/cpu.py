@@ -38,6 +38,7 @@ LEVEL_NAMES = {AVX2: "avx2", AVX512: "avx512-vnni", AMX: "amx-int8"}
 AMX_FROM = 12  # tokens from which AMX beats VNNI
 _CPU = torch.device("cpu")  # buffers name their device and type: defaults may be changed by the caller
 FUSED_UP_TO = 8  # tokens that are cheaper to quantize again for each linear than to share
+QUANTIZES = ("uniform", "piecewise")  # variants of the C++ quantizer
 
 
 class _Weight(ctypes.Structure):
@@ -221,7 +222,7 @@ def quantize(x: Tensor, factors: ActFactors, *, interleaved: bool = True, level:
     functions = library().functions
     if functions is None:
         raise RuntimeError(library().reason)
-    if factors.variant not in ("uniform", "piecewise"):
+    if factors.variant not in QUANTIZES:
         raise ValueError(f"activation variant {factors.variant!r} has no per-token codes")
     if x.dim() != 2 or x.shape[1] == 0 or x.device.type != "cpu" or not x.dtype.is_floating_point:
         raise ValueError(f"activations must be a float CPU matrix (M, in), got {x.dtype} {tuple(x.shape)} on {x.device}")
@@ -236,6 +237,13 @@ def quantize(x: Tensor, factors: ActFactors, *, interleaved: bool = True, level:
         q.data_ptr(), q.shape[1], scale.data_ptr(), zero.data_ptr(), int(interleaved), level or best_level(1), torch.get_num_threads(),
     )  # fmt: skip
     return CpuTokens(q, scale, zero, tokens, in_features)
+
+
+def tokens_of(q: Tensor, scale: Tensor, zero: Tensor) -> CpuTokens:
+    """Tokens from codes `q int8 (M, in)` of 0..127 in channel order, `scale` fp32 and `zero` int32 (M,)."""
+    ordered = _buffer(q.shape[0], q.shape[1])
+    ordered[: q.shape[0]] = interleave(q).view(torch.uint8)
+    return CpuTokens(ordered, scale.contiguous(), zero.contiguous(), q.shape[0], q.shape[1])
 
 
 def _call(weight: CpuWeight, tokens: CpuTokens, y: Tensor | None, acc: Tensor | None, level: int) -> None:
@@ -260,7 +268,7 @@ class Fused:
         functions = library().functions
         if functions is None:
             raise RuntimeError(library().reason)
-        if factors.variant not in ("uniform", "piecewise"):
+        if factors.variant not in QUANTIZES:
             raise ValueError(f"activation variant {factors.variant!r} has no per-token codes")
         if not weights or any(w.in_features != weights[0].in_features for w in weights):
             raise ValueError(f"the layers of one input must take the same channels, got {[w.in_features for w in weights]}")
@@ -328,10 +336,8 @@ def accumulate(q: Tensor, weight: CpuWeight, level: int = 0) -> Tensor:
         raise ValueError(f"q must be 0..127 on the CPU path, found {int(q.min())}")
     acc = torch.empty((q.shape[0], weight.out_features), dtype=torch.int32, device=_CPU)
     if q.shape[0]:
-        ordered = _buffer(q.shape[0], weight.in_features)
-        ordered[: q.shape[0]] = interleave(q).view(torch.uint8)
         ones, zeros = (torch.ones(q.shape[0], dtype=dtype, device=_CPU) for dtype in (torch.float32, torch.int32))
-        _call(weight, CpuTokens(ordered, ones, zeros, q.shape[0], weight.in_features), None, acc, level)
+        _call(weight, tokens_of(q, ones, zeros), None, acc, level)
     return acc
 
 

@@ -119,15 +119,15 @@ def plan(packed: PackedWeight, variant: str) -> tuple[tuple[Route, ...], Choice]
     routes: list[Route] = []
     passed: dict[str, tuple[bool, str]] = {}
     for entry in ranges:
-        path = _first(entry["paths"], packed, passed)
+        path = _first(entry["paths"], packed, variant, passed)
         if routes and routes[-1].path is path:
             routes.pop()
         routes.append(Route(entry["up_to"], path))
     return tuple(routes), Choice(_names(routes), _reason(routes, kind or str(packed.codes.device), passed))
 
 
-def _first(names: list[str], packed: PackedWeight, passed: dict[str, tuple[bool, str]]) -> Path:
-    """The first path of the list that is here and takes the weight, else the reference.
+def _first(names: list[str], packed: PackedWeight, variant: str, passed: dict[str, tuple[bool, str]]) -> Path:
+    """The first path of the list that is here and takes weight and activations, else the reference.
 
     `passed` collects the others: whether they are here, and why they were passed over.
     """
@@ -137,11 +137,18 @@ def _first(names: list[str], packed: PackedWeight, passed: dict[str, tuple[bool,
             continue
         path = PATHS[name]
         present, why = path.state()
-        refused = path.unsupported(packed) if present else why
+        refused = _refusal(path, packed, variant) if present else why
         if refused is None:
             return path
         passed[name] = present, refused
     return REFERENCE
+
+
+def _refusal(path: Path, packed: PackedWeight, variant: str) -> str | None:
+    """Why a path that is here does not take this weight with these activations, or None."""
+    if variant == "none":
+        return None if path is REFERENCE else "activations are not quantized"
+    return path.unsupported(packed) if variant in path.variants else f"{variant} activations"
 
 
 def _names(routes: list[Route]) -> str:
@@ -168,7 +175,7 @@ def _forced(name: str, packed: PackedWeight, variant: str) -> tuple[tuple[Route,
         raise PathError(f"{PATH_VARIABLE}={name} names no path; choose one of {', '.join(PATHS)}, or unset it")
     path = PATHS[name]
     present, why = path.state()
-    refused = None if path is REFERENCE else "activations are not quantized" if variant == "none" else path.unsupported(packed) if present else why
+    refused = _refusal(path, packed, variant) if present else why
     if refused is not None:
         raise PathError(f"{PATH_VARIABLE}={name} cannot be had: {refused}; unset it to let dispatch choose")
     return (Route(None, path),), Choice(name, f"{PATH_VARIABLE}={name}")
@@ -213,10 +220,10 @@ def check_input(x: Tensor, prepared: Prepared) -> None:
 def linear(x: Tensor, prepared: Prepared, factors: ActFactors, tokens: Any = None) -> Tensor:
     """`x (..., in)` -> `(..., out)` in x's dtype, by the prepared path. `tokens`: the quantized `x`, when already at hand."""
     check_input(x, prepared)
-    if prepared.has_outliers:
-        return reference.linear(x, prepared.packed, factors, prepared.bias)
     flat = x.reshape(-1, prepared.in_features)
     route = prepared.route(flat.shape[0])
+    if prepared.has_outliers:
+        return reference.linear(x, prepared.packed, factors, prepared.bias, route.weight)
     if factors.variant == "none":
         y = reference.unquantized(flat, route.weight).to(x.dtype)
     elif tokens is None and route.path.forward is not None:

@@ -13,7 +13,8 @@ inner dimension adds up in one int32.
     levels   (out, n_groups) i32     byte 0 | 1 | 2 | 3  =  level of code 0 | 1 | 2 | 3, each -127..127      explicit mode
     group_codes (out, n_groups) u8,  codebook (entries <= 256,) i32: the word is codebook[group_code]        codebook mode
     row_scale (out,) f32             bias (out,) f32, optional
-    perm (in,) i32, outlier_weight (out, n) s8, outlier_scale (out,) f32: optional INT8 channels, reference path only
+    perm (in,) i32, outlier_weight (out, n) s8, outlier_scale (out,) f32: optional INT8 channels, reference path only; column j of a row
+    is channel perm[j], the last n columns are the outliers
 
 `n_groups = ceil(in/G)`. A last group that is shorter counts its real channels only. -128 is refused: products of codes 0..127 and
 levels -127..127 fit the pairwise int16 sums of AVX2, and negation stays inside int8.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lbllm_kernels.activation import ActFactors
+from lbllm_kernels.activation import ActFactors, factors_of
 from lbllm_kernels.dispatch import Prepared
 from lbllm_kernels.paths import PATHS
 
@@ -22,11 +22,10 @@ from lbllm_kernels.paths import PATHS
 def lut8_linear(
     x: Tensor, layout: Sequence[Tensor | None], path: str, out_features: int, group_size: int, variant: str, factors: Sequence[float]
 ) -> Tensor:
-    """`x (..., in)` -> `(..., out)` in x's dtype; `factors` = clip_max, clip_min, knee_low, knee_high."""
+    """`x (..., in)` -> `(..., out)` in x's dtype; `factors`: `ActFactors.numbers`."""
     row, channels = PATHS[path], x.shape[-1]
     weight = row.rebuild(channels, out_features, group_size, *layout)
-    clip_max, clip_min, knee_low, knee_high = factors
-    flat, values = x.reshape(-1, channels), ActFactors(variant, clip_max, clip_min, knee_low, knee_high)
+    flat, values = x.reshape(-1, channels), factors_of(variant, factors)
     y = row.forward(flat, weight, values) if row.forward is not None else row.linear(row.quantize(flat, values), weight, x.dtype)
     return y.reshape(*x.shape[:-1], out_features)
 
@@ -38,7 +37,6 @@ def _(x, layout, path, out_features, group_size, variant, factors):  # type: ign
 
 def linear(x: Tensor, prepared: Prepared, group_size: int, factors: ActFactors) -> Tensor:
     """The operator on a prepared weight; used while compiling."""
-    numbers = [factors.clip_max, factors.clip_min, factors.knee_low, factors.knee_high]
     route = prepared.route(x.numel() // x.shape[-1])
-    y: Tensor = torch.ops.lbllm.lut8_linear(x, list(route.weight.layout), route.path.name, prepared.out_features, group_size, factors.variant, numbers)
+    y: Tensor = torch.ops.lbllm.lut8_linear(x, list(route.weight.layout), route.path.name, prepared.out_features, group_size, factors.variant, factors.numbers())
     return y

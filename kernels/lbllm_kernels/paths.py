@@ -7,6 +7,7 @@ layout, quantize, multiply. Dispatch, the operator and the final check should kn
 
     state()                        (present on this machine, why or why not)
     unsupported(packed)            why it does not take a weight, or None
+    variants                       the activations it quantizes
     derive(packed, bias)           the weight in its own layout: an object whose `layout` is a tuple of tensors (or None)
     rebuild(in, out, G, *layout)   that object again from its tensors (what a torch operator can carry)
     quantize(x, factors)           tokens `x (M, in)` in its own layout
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from lbllm_kernels import cpu, cuda, reference
-from lbllm_kernels.activation import ActFactors
+from lbllm_kernels.activation import PACKED_VARIANTS, ActFactors, quantize_activations
 from lbllm_kernels.format import PackedWeight
 
 Ordered = tuple[Tensor, Tensor, Tensor]
@@ -56,6 +57,7 @@ class Path:
     restore: Callable[[Any], PackedWeight] | None = None
     forward: Callable[[Tensor, Any, ActFactors], Tensor] | None = None
     alone_up_to: int = 0
+    variants: tuple[str, ...] = cpu.QUANTIZES
 
 
 def _cpu_state(level: int) -> tuple[bool, str]:
@@ -74,6 +76,9 @@ def _cpu_accumulate(q: Tensor, weight: cpu.CpuWeight, most: int) -> Tensor:
 
 
 def _cpu_quantize(x: Tensor, factors: ActFactors, most: int) -> cpu.CpuTokens:
+    if factors.variant not in cpu.QUANTIZES:  # quantized in torch; the product is the same
+        q, scale, zero = quantize_activations(x, factors)
+        return cpu.tokens_of(q, scale.squeeze(1), zero.squeeze(1))
     return cpu.quantize(x, factors, level=min(most, cpu.AVX512))
 
 
@@ -85,7 +90,7 @@ def _cpu_path(name: str, level: int) -> Path:
     """`level` is the best instruction set it uses; AMX leaves few tokens to AVX-512."""
     return Path(
         name, "cpu", partial(_cpu_state, level), cpu.unsupported, cpu.CpuWeight, cpu.CpuWeight.from_layout, partial(_cpu_quantize, most=level),
-        partial(_cpu_linear, most=level), partial(_cpu_accumulate, most=level), _cpu_ordered, cpu.stored,
+        partial(_cpu_linear, most=level), partial(_cpu_accumulate, most=level), _cpu_ordered, cpu.stored, variants=PACKED_VARIANTS,
     )  # fmt: skip
 
 
@@ -119,7 +124,7 @@ def _reference_ordered(tokens: reference.ReferenceTokens) -> Ordered:
 
 REFERENCE = Path(
     "reference", "", lambda: (True, "plain torch"), lambda packed: None, reference.ReferenceWeight, reference.ReferenceWeight.from_layout,
-    reference.quantize, reference.product, reference.sums, _reference_ordered,
+    reference.quantize, reference.product, reference.sums, _reference_ordered, variants=PACKED_VARIANTS,
 )  # fmt: skip
 CUDA = Path(
     "cuda", "cuda", cuda.state, cuda.unsupported, cuda.CudaWeight, cuda.CudaWeight.from_layout, cuda.quantize, cuda.linear, cuda.accumulate,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lbllm_kernels.activation import ActFactors, quantize_activations
+from lbllm_kernels.activation import ActFactors, quantize_activations, quantize_outliers
 from lbllm_kernels.format import PackedWeight, dequantize, int8_weight
 
 CHUNK = 1024
@@ -108,11 +108,23 @@ def unquantized(x: Tensor, weight: ReferenceWeight) -> Tensor:
         return torch.nn.functional.linear(x.to(torch.float32), weight.weight.to(torch.float32) * weight.row_scale[:, None], weight.bias)
 
 
-def linear(x: Tensor, packed: PackedWeight, factors: ActFactors, bias: Tensor | None = None) -> Tensor:
+def split_outliers(x: Tensor, packed: PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """`x (M, in)` -> itself in the weight's channel order with outlier channels at 0, and those channels `(M, n)` (None: there are none)."""
+    if packed.perm is None:
+        return x, None
+    ordered = x[:, packed.perm.to(torch.int64)]
+    first = packed.in_features - packed.n_outliers
+    return torch.nn.functional.pad(ordered[:, :first], (0, packed.n_outliers)), ordered[:, first:] if packed.n_outliers else None
+
+
+def linear(
+    x: Tensor, packed: PackedWeight, factors: ActFactors, bias: Tensor | None = None, expanded: ReferenceWeight | None = None
+) -> Tensor:
     """The packed linear layer: `x (..., in)` any float dtype -> `(..., out)` in the same dtype.
 
-    `bias` overrides `packed.bias`. Variant `none` multiplies by the dequantized weights in fp32. A weight with INT8 outlier
-    channels adds their product, computed with the same codes. Raises ValueError for `per_group`.
+    `bias` overrides `packed.bias`; `expanded`: the weight's int8 form, when already at hand. Variant `none` multiplies by the
+    dequantized weights in fp32. INT8 outlier channels are left out of the token's range and codes; they are 8-bit numbers of their own
+    scale a token (`quantize_outliers`), and their product is added. Raises ValueError for `per_group`.
     """
     bias = packed.bias if bias is None else bias
     if x.shape[-1] != packed.in_features:
@@ -121,15 +133,14 @@ def linear(x: Tensor, packed: PackedWeight, factors: ActFactors, bias: Tensor | 
         y = torch.nn.functional.linear(x.to(torch.float32), dequantize(packed), bias)
         return y.to(x.dtype)
     flat = x.reshape(-1, packed.in_features)
+    flat, outliers = split_outliers(flat, packed)
     q, scale, zero = quantize_activations(flat, factors)
-    if packed.perm is not None:
-        q = q[:, packed.perm.to(torch.int64)]
-    weight = int8_weight(packed)
-    y = finish(int_matmul(q, weight), scale, zero, weight.sum(1, dtype=torch.int32), packed.row_scale, None)
-    if packed.outlier_weight is not None and packed.outlier_scale is not None:
-        tail = q[:, packed.in_features - packed.n_outliers :]
-        sums = packed.outlier_weight.sum(1, dtype=torch.int32)
-        y = y + finish(int_matmul(tail, packed.outlier_weight), scale, zero, sums, packed.outlier_scale, None)
+    weight = int8_weight(packed) if expanded is None else expanded.weight
+    sums = weight.sum(1, dtype=torch.int32) if expanded is None else expanded.row_sums
+    y = finish(int_matmul(q, weight), scale, zero, sums, packed.row_scale, None)
+    if outliers is not None and packed.outlier_weight is not None and packed.outlier_scale is not None:
+        tail, tail_scale = quantize_outliers(outliers)
+        y = y + (tail_scale * packed.outlier_scale) * int_matmul(tail, packed.outlier_weight).to(torch.float32)
     if bias is not None:
         y = y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], packed.out_features)

@@ -1,4 +1,4 @@
-"""The Triton path: the activation quantizer and the LUT8 product on any GPU that Triton knows. The only file that imports Triton.
+"""The Triton path: the activation quantizer and the LUT8 product on any GPU that Triton knows.
 
 **Problem.** Where no CUDA object is built, a GPU must still give the reference's integers, and faster than expanding weights to floats.
 

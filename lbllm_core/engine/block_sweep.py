@@ -3,7 +3,8 @@
 Two streams of hidden states run through the model side by side, block by block: the *teacher's*, through its own blocks, and
 the *student's*, through blocks that are already quantized. At block i a stage is handed the student's input and the teacher's
 output and returns the block's new state; the student's stream then advances through it. One block is worked on at a time,
-so memory is bounded by a block and two streams.
+so memory is bounded by a block and two streams, and these may lie on the host or on disk (`hidden_states.py`). A decoder whose blocks
+are read from disk one at a time (`model/streamed.py`) bounds the teacher too: neither model is ever whole anywhere.
 
 Finished blocks are in the ledger: a restart replays the streams through them (a forward pass) and goes on with the first missing
 one. On a CPU the replay is bit-equal, and so is everything after it.
@@ -11,18 +12,22 @@ one. On a CPU the replay is bit-equal, and so is everything after it.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lbllm_core.engine.hardware import Hardware
+from lbllm_core.engine.hidden_states import At, HiddenStates, StorePlan, single
 from lbllm_core.engine.ledger import Ledger
-from lbllm_core.engine.progress import Progress, Report
-from lbllm_core.model.blocks import Decoder
+from lbllm_core.engine.progress import Progress, Report, silent
+from lbllm_core.engine.ranks import ALONE, Ranks
+from lbllm_core.model import fused_block
+from lbllm_core.model.blocks import SITE_OF, Decoder
 from lbllm_core.model.student import BlockState, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
 
@@ -35,8 +40,8 @@ class BlockJob:
 
     index: int
     teacher_block: nn.Module
-    inputs: Tensor
-    target: Tensor | None
+    inputs: HiddenStates
+    target: HiddenStates | None
     decoder: Decoder
     surroundings: dict[str, Any]
     hardware: Hardware
@@ -44,6 +49,8 @@ class BlockJob:
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """A block on a batch of hidden states, in the compute type; the result is float32."""
         with self.hardware.autocast():
+            if fused_block.suits(block, self.surroundings, self.hardware):
+                return fused_block.run(block, hidden, self.surroundings, self.hardware.compute_dtype)
             return self.decoder.run_block(block, hidden, self.surroundings, self.index).float()
 
 
@@ -62,49 +69,87 @@ class SweepPlan:
 Work = Callable[[BlockJob], tuple[BlockState, dict[str, float]]]
 
 
-@torch.no_grad()
-def advance(job: BlockJob, block: nn.Module, stream: Tensor) -> Tensor:
-    """A stream after one block, in passes of bounded size."""
+def passes(stream: HiddenStates) -> list[At]:
+    """The choices of sequences that take a stream through a block, of bounded size."""
     batch = max(1, TOKENS_A_PASS // stream.shape[1])
-    return torch.cat([job.run(block, stream[i : i + batch]) for i in range(0, len(stream), batch)])
+    return [slice(i, i + batch) for i in range(0, len(stream), batch)]
 
 
-def relative_error(student: Tensor, target: Tensor) -> float:
+@torch.no_grad()
+def advance(job: BlockJob, block: nn.Module, source: HiddenStates, into: HiddenStates) -> None:
+    """Write what a block makes of `source` over `into`, which may be the same stream."""
+    with into.rewriting() as put:
+        for hidden in source.batches(passes(source)):
+            put(job.run(block, hidden))
+
+
+def relative_error(student: HiddenStates, target: HiddenStates, ranks: Ranks = ALONE) -> float:
     """`|student - target|^2 / |target|^2` without each sequence's first token, whose activations are massive; float64, a sequence at a time."""
     error = energy = torch.zeros((), dtype=torch.float64, device=student.device)
-    for ours, theirs in zip(student, target, strict=True):
-        error = error + (ours[1:].double() - theirs[1:].double()).square().sum()
-        energy = energy + theirs[1:].double().square().sum()
+    every = single(len(student))
+    for ours, theirs in zip(student.batches(every), target.batches(every), strict=True):
+        error = error + (ours[0, 1:].double() - theirs[0, 1:].double()).square().sum()
+        energy = energy + theirs[0, 1:].double().square().sum()
+    ranks.sum_(error, energy)
     return float(error / energy)
 
 
-def sweep(decoder: Decoder, ids: Tensor, work: Work, plan: SweepPlan, ledger: Ledger, hardware: Hardware, report: Report) -> list[dict[str, float]]:
+def in_compute_type(block: nn.Module, hardware: Hardware) -> nn.Module:
+    """On a GPU, a block's linears as autocast would cast them in every pass: the same numbers, cast once. In place."""
+    if hardware.device.type == "cuda" and hardware.compute_dtype != torch.float32:
+        for path in SITE_OF:
+            module: Any = block.get_submodule(path)
+            linear = module[1] if isinstance(module, nn.Sequential) else module
+            linear.weight.data = linear.weight.data.to(hardware.compute_dtype)
+    return block
+
+
+def sweep(
+    decoder: Decoder, ids: Tensor, work: Work, plan: SweepPlan, ledger: Ledger, hardware: Hardware, report: Report, store: StorePlan | None = None
+) -> list[dict[str, float]]:
     """Run `work` over all blocks; results are in the ledger. ids `(sequences, tokens)`. Returns the figures of each block."""
-    total = len(decoder.blocks)
-    done = ledger.finished(total)
+    total, ranks = len(decoder.blocks), hardware.ranks
+    ids = ids[ranks.rank :: ranks.size]
+    done = ledger.finished(total) if ranks.first else 0
+    ranks.wait()
+    done = done if ranks.first else ledger.finished(total)  # what is damaged has been set aside by now
     if done == total:
         return [ledger.figures(i) for i in range(total)]
     started = time.monotonic()
-    with torch.no_grad():
-        student = decoder.embed(ids).float()
-    teacher = student
-    around = decoder.surroundings(student[:1])
-    for index in range(total):
-        target_input = student if plan.target_on_student_stream else teacher
-        job = BlockJob(index, decoder.blocks[index], student, None, decoder, around, hardware)
-        if plan.needs_target and not (plan.target_on_student_stream and index < done):
-            teacher = advance(job, decoder.blocks[index], target_input)
-            job = BlockJob(index, decoder.blocks[index], student, teacher, decoder, around, hardware)
-        if index < done:
-            state = state_from_tensors(ledger.load(index), plan.variant, plan.act_group_size)
-            figures = ledger.figures(index)
-        else:
-            state, figures = work(job)
-        fixed = build_block(decoder.blocks[index], state, "fixed", plan.kv_bits)
-        student = advance(job, fixed, student)
-        if index >= done:
-            if job.target is not None:
-                figures["block_rel_mse"] = relative_error(student, job.target)
-            ledger.save(index, state_tensors(state), figures)
-            report(Progress(plan.step, index + 1, total, "block", {**figures, "seconds": time.monotonic() - started}))
+    with contextlib.ExitStack() as scratch:
+        student = scratch.enter_context(contextlib.closing(embedded(decoder, ids, hardware, store)))
+        teacher = scratch.enter_context(contextlib.closing(student.copy())) if plan.needs_target else None
+        around = decoder.surroundings(student[slice(0, 1)])
+        for index in range(total):
+            block = decoder.blocks[index]
+            if decoder.streamed and plan.needs_target:  # it is ours alone, and only passes are made through it
+                block = in_compute_type(block, hardware)
+            job = BlockJob(index, block, student, None, decoder, around, hardware)
+            if teacher is not None and not (plan.target_on_student_stream and index < done):
+                advance(job, block, student if plan.target_on_student_stream else teacher, teacher)
+                job = replace(job, target=teacher)
+            if index < done:
+                state = state_from_tensors(ledger.load(index), plan.variant, plan.act_group_size)
+                figures = ledger.figures(index)
+            else:
+                state, figures = work(job)
+            advance(job, in_compute_type(build_block(block, state, "fixed", plan.kv_bits), hardware), student, student)
+            if index >= done:
+                if job.target is not None:
+                    figures["block_rel_mse"] = relative_error(student, job.target, hardware.ranks)
+                if ranks.first:
+                    ledger.save(index, state_tensors(state), figures)
+                ranks.wait()
+                report_first = report if ranks.first else silent
+                report_first(Progress(plan.step, index + 1, total, "block", {**figures, "seconds": time.monotonic() - started}))
+            del block, job, state
     return [ledger.figures(i) for i in range(total)]
+
+
+@torch.no_grad()
+def embedded(decoder: Decoder, ids: Tensor, hardware: Hardware, store: StorePlan | None) -> HiddenStates:
+    """The stream that enters the first block. ids `(sequences, tokens)`."""
+    stream = HiddenStates((*ids.shape, decoder.width), hardware.device, store)
+    stream.fill(decoder.embed(ids[at]).float().to(hardware.device) for at in passes(stream))
+    decoder.embedded()
+    return stream

@@ -22,6 +22,8 @@ one (`*_BYTES`, `*_CALLS` below) and hold as far as the speeds explain the rest.
     act_quant          4 S, 22 bytes a weight, activations of a batch twice (codes)
     end_to_end         13 bytes a weight of all blocks (29 when latent weights learn), activations of a micro-batch in all blocks, logits of a
                        piece six times
+where stages 1 to 3 stream, two blocks stand in for the teacher (`8 x linears`); where hidden states lie on the host or on disk, their
+two streams (2 S, in their number type) are counted there and a window of a few passes on the device (`engine/tiers.py`).
     pack               the teacher's fake-quantized copy, the packed model
     evaluate           logits of a forward pass
 
@@ -37,7 +39,7 @@ from types import MappingProxyType
 from lbllm_core.config import RunConfig, canonical_json, select
 from lbllm_core.engine.machine import Rates
 from lbllm_core.model.inspect import Shapes
-from lbllm_core.pipeline import PlannedStep, plan
+from lbllm_core.pipeline import SWEEPS, PlannedStep, plan
 from lbllm_core.quant.bits import linear_bits
 
 OVERHEAD = 1.35  # attention, norms and small products do not run at the speed of the probe
@@ -45,12 +47,18 @@ PROCESS_BYTES = 1_300_000_000  # Python, torch and transformers in the run's pro
 DEVICE_BYTES = 700_000_000  # a CUDA context and the allocator's slack
 PASS_TOKENS = 8192  # tokens of a forward pass over a stream
 LOGIT_ROWS = 1024
+SHARD = 1 << 27  # bytes of a shard of hidden states
 COLUMN_CALLS = 45  # small operations a column of the compensated loop
 TABLE_BYTES = 920  # fitting a table: a (group, round, entry)
 ASSIGN_BYTES = 10_500  # choosing entries: a weight
 EM_BYTES = 770  # explicit levels: a (weight, round, start)
 STEP_BYTES = 260  # making weights, their gradients and the optimizer's step: a weight and training step, stage 2
 FROZEN_BYTES = 90  # the same in stages 3 and 4, where codes are fixed
+FUSED_FROM = 1 << 25  # weights of a block from which a GPU's kernels make these passes (`engine/latent_step.py`)
+FUSED_STEP_BYTES = 45
+FUSED_FROZEN_BYTES = 10
+FUSED_QUANT_BYTES = 12
+FUSED_PASSES = 0.3  # of the elementwise passes of activations
 QUANT_BYTES = 300  # activation quantizers, forward and backward: a channel of a site and token
 STEP_CALLS = 1500  # small operations a training step of one block
 FORWARD_CALLS = 120  # small operations a forward pass of one block
@@ -134,7 +142,9 @@ def _step(planned: PlannedStep, shapes: Shapes, rates: Rates, on_device: bool) -
     fixed = work.seconds + 4 * shapes.parameters * 3 / rates.hashing + work.hashed / rates.hashing
     seconds = OVERHEAD * (work.fp32 / rates.matmul_fp32 + work.compute / rates.matmul_compute) + work.passes / rates.traffic + work.calls * rates.call + fixed
     if on_device and work.device:
-        return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + max(work.host, 4 * shapes.parameters), DEVICE_BYTES + work.device)
+        streamed = planned.spec.name in SWEEPS and planned.config.hardware.streaming == "on"
+        host = work.host if streamed else work.host + 4 * shapes.parameters
+        return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + host, DEVICE_BYTES + work.device)
     return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + work.host + work.device, 0.0)
 
 
@@ -187,6 +197,20 @@ def _streams(c: RunConfig, s: Shapes, sequences: int) -> tuple[float, float, flo
     return tokens, 4.0 * tokens * s.hidden, tokens * s.blocks * forward(s, c.dataset.seq_len)
 
 
+def _held(c: RunConfig, s: Shapes, stream: float, copies: int) -> Work:
+    """Bytes of the teacher and of `copies` float32 streams of `stream` bytes, by where they lie; `hardware` is resolved (`engine/tiers.py`)."""
+    streamed = c.hardware.streaming == "on"
+    teacher = 8.0 * s.linears if streamed else 4.0 * s.parameters
+    width = {"fp32": 1.0, "bf16": 0.5, "fp8": 0.25}[c.hardware.hidden_dtype]
+    host = 4.0 * s.embedding if streamed else 0.0
+    if c.hardware.hidden_tier in ("auto", "device"):
+        return Work(device=teacher + copies * width * stream, host=host)
+    window = 6 * 4.0 * PASS_TOKENS * s.hidden
+    both = 2 * width * stream
+    on_host = c.hardware.hidden_tier == "host"
+    return Work(device=teacher + window, host=host + (both if on_host else 8.0 * SHARD), disk=0.0 if on_host else both)
+
+
 def _ptq_init(c: RunConfig, s: Shapes) -> Work:
     tokens, stream, passed = _streams(c, s, c.ptq_init.sequences)
     sides = (s.hidden, s.heads * s.head_dim, s.hidden, s.ffn)
@@ -200,10 +224,11 @@ def _ptq_init(c: RunConfig, s: Shapes) -> Work:
         passes = s.blocks * s.linears * EM_BYTES * (rounds if c.ptq_init.method == "em" else 1)
     calls = s.blocks * (sum(sides) * COLUMN_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
     largest = 8 * 4.0 * max(2 * s.ffn * s.hidden, s.hidden * s.heads * s.head_dim)
-    memory = 4.0 * s.parameters + 3 * stream + 4.0 * moments + 12.0 * max(sides) ** 2 + largest + activation_bytes(s, int(min(tokens, PASS_TOKENS)))
+    held = _held(c, s, stream, 3)
+    memory = held.device + 4.0 * moments + 12.0 * max(sides) ** 2 + largest + activation_bytes(s, int(min(tokens, PASS_TOKENS)))
     converted = 4.0 * s.parameters * s.converted
     disk = s.blocks * s.linears * (2.25 + _level_bytes(c)) + converted
-    return Work(fp32=fp32, compute=2 * passed, passes=passes, calls=calls, hashed=disk, seconds=LOAD_SECONDS, device=memory, disk=disk)
+    return Work(fp32=fp32, compute=2 * passed, passes=passes, calls=calls, hashed=disk, seconds=LOAD_SECONDS, host=held.host, device=memory, disk=disk + held.disk)
 
 
 def _level_bytes(c: RunConfig) -> float:
@@ -215,17 +240,23 @@ def _training(c: RunConfig, s: Shapes, sequences: int, epochs: int, batch: int, 
     tokens, stream, passed = _streams(c, s, sequences)
     steps = epochs * -(-sequences // batch)
     sites = 2 * s.hidden + s.heads * s.head_dim + s.ffn
-    passes = s.blocks * (steps * s.linears * weight_bytes + 3 * epochs * tokens * 4.0 * (24 * s.hidden + 10 * s.ffn) + quantized * tokens * epochs * sites * QUANT_BYTES)
+    fused = c.hardware.device == "cuda" and s.linears >= FUSED_FROM
+    if fused:
+        weight_bytes = FUSED_FROZEN_BYTES if weight_bytes == FROZEN_BYTES else FUSED_STEP_BYTES
+    share, quant_bytes = (FUSED_PASSES, FUSED_QUANT_BYTES) if fused else (1.0, QUANT_BYTES)
+    activations = 3 * epochs * tokens * 4.0 * (24 * s.hidden + 10 * s.ffn) * share
+    passes = s.blocks * (steps * s.linears * weight_bytes + activations + quantized * tokens * epochs * sites * quant_bytes)
     calls = s.blocks * (steps * STEP_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
     at_once = min(batch, sequences) * c.dataset.seq_len
-    memory = 4.0 * s.parameters + 4 * stream + activation_bytes(s, at_once) * (2 if quantized else 1)
+    held = _held(c, s, stream, 4)
+    memory = held.device + activation_bytes(s, at_once) * (2 if quantized else 1)
     disk = s.blocks * s.linears * (0.25 + _level_bytes(c))
-    return Work(compute=passed * (2 + 3 * epochs), passes=passes, calls=calls, hashed=2 * disk, seconds=LOAD_SECONDS, device=memory, disk=disk)
+    return Work(compute=passed * (2 + 3 * epochs), passes=passes, calls=calls, hashed=2 * disk, seconds=LOAD_SECONDS, host=held.host, device=memory, disk=disk + held.disk)
 
 
 def _weight_distill(c: RunConfig, s: Shapes) -> Work:
     w = c.weight_distill
-    made = _training(c, s, w.sequences, w.epochs, w.batch_size, STEP_BYTES, False)
+    made = _training(c, s, w.sequences, w.epochs, w.batch_size, STEP_BYTES, w.joint and c.scheme.act_bits == 4)
     return replace(made, device=made.device + 36.0 * s.linears)
 
 
@@ -254,7 +285,7 @@ def _end_to_end(c: RunConfig, s: Shapes) -> Work:
 
 def packed_bytes(c: RunConfig, s: Shapes) -> float:
     """The packed folder: linears as the format bills them, embedding and head in 16 bits."""
-    bits = linear_bits(s.hidden, s.hidden, c.scheme.group_size, c.scheme.codebook_size if c.scheme.level_mode == "codebook" else 0)
+    bits = linear_bits(s.hidden, s.hidden, c.scheme.group_size, c.scheme.codebook_size if c.scheme.level_mode == "codebook" else 0, c.scheme.outlier_channels)
     return s.blocks * s.linears * bits.effective_bpw / 8 + 2.0 * s.embedding
 
 

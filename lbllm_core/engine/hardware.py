@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lbllm_core.config import HardwareConfig
+from lbllm_core.engine.ranks import ALONE, Ranks
 from lbllm_core.errors import ConfigError
 
 
@@ -22,6 +23,7 @@ class Hardware:
 
     device: torch.device
     compute_dtype: torch.dtype
+    ranks: Ranks = ALONE
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Matrix products in the compute type."""
@@ -38,7 +40,7 @@ def cpu_has_bf16_units() -> bool:
     return any(bool(supported and supported()) for supported in asked)
 
 
-def resolve(config: HardwareConfig) -> Hardware:
+def resolve(config: HardwareConfig, ranks: Ranks = ALONE) -> Hardware:
     """Hardware for a config. Raises ConfigError when `cuda` is asked for and there is none."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["hardware.device=cuda, but this machine has no usable CUDA device; choose hardware.device=cpu or auto"])
@@ -47,4 +49,4 @@ def resolve(config: HardwareConfig) -> Hardware:
         torch.set_num_threads(config.threads)
     fast = device.type == "cuda" or cpu_has_bf16_units()
     wide = config.compute_dtype == "fp32" or (config.compute_dtype == "auto" and not fast)
-    return Hardware(device, torch.float32 if wide else torch.bfloat16)
+    return Hardware(device, torch.float32 if wide else torch.bfloat16, ranks)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lbllm_core.config import RunConfig
-from lbllm_core.engine import machine
+from lbllm_core.engine import machine, tiers
 from lbllm_core.engine.estimate import Estimate, estimate
 from lbllm_core.engine.hardware import resolve
 from lbllm_core.engine.machine import Limits
@@ -40,6 +40,12 @@ def preflight(config: RunConfig, home: Path) -> tuple[Estimate | None, Limits]:
     limits = machine.limits(hardware, home)
     if config.hardware.preflight == "off":
         return None, limits
+    if hardware.device.type == "cuda" or config.hardware.hidden_tier != "auto":
+        try:
+            config, _ = tiers.resolved(config, shapes, hardware, limits)
+        except PreflightError:
+            if config.hardware.preflight == "refuse":
+                raise
     found = estimate(config, shapes, machine.rates(hardware, shapes.hidden, shapes.ffn), hardware.device.type == "cuda")
     if config.hardware.preflight == "refuse":
         require_fit(found, limits)
@@ -146,10 +152,19 @@ def cells(found: Estimate) -> Cells:
     return lines
 
 
+def streams_line(config: RunConfig, found: Estimate, limits: Limits) -> str:
+    """Where hidden states will lie, and what that asks of the place."""
+    seconds = sum(s.seconds for s in found.steps if s.step == "weight_distill" and s.row == "final") / max(found.shapes.blocks, 1)
+    try:
+        return tiers.told(tiers.resolved(config, found.shapes, resolve(config.hardware), limits)[1], seconds)
+    except PreflightError as error:
+        return str(error)
+
+
 def report(config: RunConfig, found: Estimate | None, limits: Limits) -> str:
     """The whole table, its sums, what is there, and what is free now."""
     line = one_line(config, found, limits)
     if found is None:
         return line + "\n"
     free = "" if found.host <= limits.host_free else f"\nnow only {gb(limits.host_free)} of memory are free: other programs hold the rest"
-    return f"{plain(cells(found))}\n{line}{free}\nSteps that are cached cost nothing; see lbllm_core/engine/estimate.py for the formulas.\n"
+    return f"{plain(cells(found))}\n{line}{free}\n{streams_line(config, found, limits)}\nSteps that are cached cost nothing; see lbllm_core/engine/estimate.py for the formulas.\n"

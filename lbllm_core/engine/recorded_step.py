@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_core.engine.ranks import ALONE, Ranks
+
 WARM_UP = 3  # plain steps before a graph is recorded: lazy initialisation must not be part of it
 
 
@@ -25,7 +27,8 @@ class RecordedStep:
     `gradients` accumulates into `.grad` and returns the loss without a graph; `after` runs when the parameters have moved.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], gradients: Callable[..., Tensor], after: Callable[[], None], grad_clip: float, device: torch.device):
+    def __init__(self, groups: list[dict[str, Any]], gradients: Callable[..., Tensor], after: Callable[[], None], grad_clip: float, device: torch.device, ranks: Ranks = ALONE):
+        self.ranks = ranks
         self.gradients, self.after, self.grad_clip = gradients, after, grad_clip
         self.on_gpu = device.type == "cuda"
         self.base = [float(g["lr"]) for g in groups]
@@ -44,7 +47,7 @@ class RecordedStep:
                 group["lr"].fill_(rate * factor)
             else:
                 group["lr"] = rate * factor
-        if self.on_gpu and self.graph is None:
+        if self.on_gpu and self.graph is None and self.ranks.size == 1:
             self._record(inputs)
         if self.loss is None or any(x.shape != b.shape for x, b in zip(inputs, self.buffers, strict=True)):
             return self._plain(inputs)
@@ -55,6 +58,7 @@ class RecordedStep:
 
     def _plain(self, inputs: tuple[Tensor, ...]) -> Tensor:
         loss = self.gradients(*inputs)
+        self.ranks.mean_([p.grad for p in self.parameters if p.grad is not None])
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         self.optimizer.step()
@@ -68,17 +72,26 @@ class RecordedStep:
         self.buffers = tuple(x.clone() for x in inputs)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._plain(self.buffers)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.empty_cache()  # the graph allocates from a pool of its own
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = self._plain(self.buffers)
-        with torch.no_grad():
-            for p, before in zip(self.parameters, kept, strict=True):
-                p.copy_(before)
-            for parameter, state in self.optimizer.state.items():
-                for name, moment in state.items():
-                    moment.copy_(moments[parameter][name]) if parameter in moments else moment.zero_()
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._plain(self.buffers)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.empty_cache()  # the graph allocates from a pool of its own
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # threads that fetch hidden states go on
+                self.loss = self._plain(self.buffers)
+        finally:  # also when the device ran out of memory half-way
+            with torch.no_grad():
+                for p, before in zip(self.parameters, kept, strict=True):
+                    p.copy_(before)
+                for parameter, state in self.optimizer.state.items():
+                    for name, moment in state.items():
+                        moment.copy_(moments[parameter][name]) if parameter in moments else moment.zero_()
+
+    def forget(self) -> None:
+        """After an out-of-memory: the recorded graph and the gradients of the broken step go; parameters and moments stay."""
+        self.graph, self.buffers, self.loss = None, (), None
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.on_gpu:
+            torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Training one block: AdamW, cosine schedule, normalised squared error, and a stop at the first NaN.
+"""Training one block: AdamW, cosine schedule, normalised squared error, and a stop when it diverges.
 
     loss = |O_student - O_teacher|^2 / |O_teacher|^2  + lambda * polarization(bitmap)          (arXiv 2604.19167, eqs. 4, 6)
 
@@ -6,25 +6,37 @@ The squared error is divided by the targets' energy, so that losses of different
 all. The first token of each sequence is left out: its activations are massive and would drown the rest. The order of
 sequences depends on the seed and the block alone, so a resumed run repeats it exactly.
 
-On a GPU the step is recorded once a block and replayed (`recorded_step.py`).
+On a GPU a small block's step is recorded once and replayed (`recorded_step.py`); a large block's is made of few passes over its weights
+(`latent_step.py`). When the device runs out of memory the batch is taken in micro-batches of half the size, and again, down to one
+sequence: gradients add up, so the effective batch stays.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lbllm_core.engine import latent_step
 from lbllm_core.engine.block_sweep import BlockJob
+from lbllm_core.engine.hidden_states import At, HiddenStates, single
+from lbllm_core.engine.latent_step import LatentStep
+from lbllm_core.engine.ranks import Ranks
 from lbllm_core.engine.recorded_step import RecordedStep
-from lbllm_core.errors import NumericalError
-from lbllm_core.model.linear import LatentBitmapWeight, LearningRates
-from lbllm_core.model.student_block import constrain, parameter_groups
+from lbllm_core.errors import MemoryShortage, NumericalError
+from lbllm_core.model.linear import LatentBitmapWeight, LearningRates, weights_held
+from lbllm_core.model.student_block import constrain, parameter_groups, quant_linears
 
+log = logging.getLogger(__name__)
+SMALL_STREAM = 1 << 28  # values up to which the mean of a stream is taken at once
+REMEDY = "Earlier blocks are kept. Try a learning rate ten times lower, or hardware.compute_dtype=fp32"
 CHECK_EVERY = 8  # steps between looks at the loss; each look waits for the device
+DIVERGED = 10.0  # a loss this many times the first one, and above 1, where a block that gives nothing would be: no learning rate comes back
 
 
 @dataclass(frozen=True)
@@ -55,37 +67,103 @@ def block_loss(output: Tensor, target: Tensor, energy: float) -> Tensor:
 def train_block(block: nn.Module, job: BlockJob, plan: TrainingPlan) -> dict[str, float]:
     """Train a student block in place on `job.inputs` -> `job.target`. Returns `loss_before`, `loss_after`, `train_steps`.
 
-    Raises NumericalError naming the block, the linear, the last finite loss and what to try.
+    Raises NumericalError naming the block, the linear, the last finite loss and what to try; MemoryShortage when one sequence does not fit.
     """
     assert job.target is not None
     groups = parameter_groups(block, plan.rates)
     if not groups:
         return {}
-    n = len(job.inputs)
-    steps_an_epoch = -(-n // plan.batch_size)
-    total = plan.epochs * steps_an_epoch
-    generator = torch.Generator().manual_seed(plan.seed * 100_003 + job.index)
-    energy = float(job.target[:, 1:].square().mean())
-
-    def gradients(inputs: Tensor, target: Tensor, progress: Tensor) -> Tensor:
-        loss = block_loss(job.run(block, inputs), target, energy)
-        (loss + _polarization(block, plan, progress)).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    update = RecordedStep(groups, gradients, lambda: constrain(block), plan.grad_clip, job.inputs.device)
+    ranks = job.hardware.ranks
+    order = _order(len(job.inputs), plan, job.index, ranks)
+    step_of = MicroBatches(block, job, plan, ranks.mean(mean_square(job.target), job.inputs.device))
+    update = step_of.build(groups)
     progress = torch.zeros((), device=job.inputs.device)
     watch = _LossWatch(job.index)
     first = last = 0.0
-    for step in range(total):
-        if step % steps_an_epoch == 0:
-            order = torch.randperm(n, generator=generator).to(job.inputs.device)
-        at = order[(step % steps_an_epoch) * plan.batch_size :][: plan.batch_size]
-        progress.fill_(step / max(total - 1, 1))
-        loss = update(cosine(step, total, plan.lr_final), job.inputs[at], job.target[at], progress)
-        if step % CHECK_EVERY == 0 or step == total - 1:
-            last = watch.look(float(loss), block)
+    for step, (inputs, target) in enumerate(zip(job.inputs.batches(order), job.target.batches(order), strict=True)):
+        progress.fill_(step / max(len(order) - 1, 1))
+        loss = step_of.attempt(update, cosine(step, len(order), plan.lr_final), inputs, target, progress)
+        if step % CHECK_EVERY == 0 or step == len(order) - 1:
+            last = watch.look(ranks.mean(float(loss), job.inputs.device), block)
             first = last if step == 0 else first
-    return {"loss_before": first, "loss_after": last, "train_steps": float(total)}
+    return {"loss_before": first, "loss_after": last, "train_steps": float(len(order))}
+
+
+def _order(n: int, plan: TrainingPlan, index: int, ranks: Ranks) -> list[At]:
+    """This rank's sequences (of its `n`) in every step: each epoch in its own order."""
+    generator = torch.Generator().manual_seed(plan.seed * 100_003 + index + 1_000_003 * ranks.rank)
+    epochs = [torch.randperm(n, generator=generator) for _ in range(plan.epochs)]
+    batch = plan.batch_size // ranks.size
+    return [epoch[i : i + batch] for epoch in epochs for i in range(0, n, batch)]
+
+
+def mean_square(stream: HiddenStates) -> float:
+    """Mean square of a stream without first tokens; of a large one in float64, a sequence at a time."""
+    if stream.shape.numel() <= SMALL_STREAM:
+        return float(stream.whole()[:, 1:].square().mean())
+    total = torch.zeros((), dtype=torch.float64, device=stream.device)
+    for states in stream.batches(single(len(stream))):
+        total += states[:, 1:].square().sum(dtype=torch.float64)
+    return float(total) / (len(stream) * (stream.shape[1] - 1) * stream.shape[2])
+
+
+class MicroBatches:
+    """Forward and backward of a batch in pieces of `size` sequences, which halves when the device has no room."""
+
+    def __init__(self, block: nn.Module, job: BlockJob, plan: TrainingPlan, energy: float):
+        self.block, self.job, self.plan, self.energy = block, job, plan, energy
+        self.size = plan.batch_size // job.hardware.ranks.size
+
+    def build(self, groups: list[dict[str, Any]]) -> LatentStep | RecordedStep:
+        """The optimizer step that suits the block."""
+        after: Callable[[], None] = lambda: constrain(self.block)  # noqa: E731
+        plan = self.plan
+        if latent_step.suits(self.block, self.job.hardware):
+            return LatentStep(self.block, groups, self._pieces, after, plan.grad_clip, self.job.hardware.compute_dtype, plan.polarize, (plan.beta_start, plan.beta_end), self.job.hardware.ranks)
+        return RecordedStep(groups, self._gradients, after, plan.grad_clip, self.job.inputs.device, self.job.hardware.ranks)
+
+    def attempt(self, update: LatentStep | RecordedStep, factor: float, inputs: Tensor, target: Tensor, progress: Tensor) -> Tensor:
+        """One step; while the device runs out of memory, the same step again in smaller pieces."""
+        while True:
+            try:
+                return update(factor, inputs, target, progress)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0] if str(error) else "no memory"
+            update.forget()
+            self._halve(min(self.size, len(inputs)), inputs.shape[1], reason)
+
+    def _halve(self, size: int, tokens: int, reason: str) -> None:
+        if size == 1:
+            raise MemoryShortage(f"block {self.job.index}: the device has no memory for a step of one sequence of {tokens} tokens ({reason}). Earlier blocks are kept. Try shorter sequences (dataset.seq_len), hardware.hidden_tier=host, or a larger device")
+        self.size = size // 2
+        log.warning("block %d: the device ran out of memory; a batch is now taken in micro-batches of %d sequences (the effective batch stays %d)", self.job.index, self.size, self.plan.batch_size)
+
+    def _pieces(self, inputs: Tensor, target: Tensor) -> Tensor:
+        """Leave the batch's gradients in `.grad`; returns its loss."""
+        if self.size >= len(inputs):
+            loss = block_loss(self.job.run(self.block, inputs), target, self.energy)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        total = torch.zeros((), device=inputs.device)
+        for at in range(0, len(inputs), self.size):
+            mine, theirs = inputs[at : at + self.size], target[at : at + self.size]
+            loss = block_loss(self.job.run(self.block, mine), theirs, self.energy) * (len(mine) / len(inputs))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _gradients(self, inputs: Tensor, target: Tensor, progress: Tensor) -> Tensor:
+        """The same with the regulariser, which has no batch; weights are made once where there are several pieces."""
+        if self.size >= len(inputs):
+            loss = block_loss(self.job.run(self.block, inputs), target, self.energy)
+            (loss + _polarization(self.block, self.plan, progress)).backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        with weights_held(list(quant_linears(self.block).values())):
+            total = self._pieces(inputs, target)
+        regular = _polarization(self.block, self.plan, progress)
+        if isinstance(regular, Tensor):
+            regular.backward()  # type: ignore[no-untyped-call]
+        return total
 
 
 def _polarization(block: nn.Module, plan: TrainingPlan, progress: Tensor) -> Tensor | float:
@@ -98,15 +176,18 @@ def _polarization(block: nn.Module, plan: TrainingPlan, progress: Tensor) -> Ten
 
 
 class _LossWatch:
-    """Remembers the last finite loss and names the culprit when one is not."""
+    """Remembers the first and the last finite loss, and names the culprit when one is not finite or far beyond the first."""
 
     def __init__(self, index: int):
-        self.index, self.finite = index, math.nan
+        self.index, self.first, self.finite = index, math.nan, math.nan
 
     def look(self, loss: float, block: nn.Module) -> float:
         if math.isfinite(loss):
+            self.first = loss if math.isnan(self.first) else self.first
+            if loss > max(1.0, DIVERGED * self.first):
+                raise NumericalError(f"block {self.index}: training diverges, the loss went from {self.first:.4g} to {loss:.4g}. {REMEDY}")
             self.finite = loss
             return loss
         bad = [name for name, p in block.named_parameters() if not bool(torch.isfinite(p).all())]
         where = f"first non-finite parameter: {bad[0]}" if bad else "all parameters are finite, so the inputs of the block are not"
-        raise NumericalError(f"block {self.index}: the loss became {loss} ({where}); last finite loss {self.finite:.6g}. Earlier blocks are kept. Try a learning rate ten times lower, or hardware.compute_dtype=fp32")
+        raise NumericalError(f"block {self.index}: the loss became {loss} ({where}); last finite loss {self.finite:.6g}. {REMEDY}")

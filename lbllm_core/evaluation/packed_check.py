@@ -85,6 +85,7 @@ def compare_integers(linear: PackedLinear, x: Tensor) -> tuple[int, int]:
     """(compared, mismatches) of one packed linear on tokens `x (M, in)`: the chosen path against the reference."""
     prepared, values = linear.prepared, linear.site.values
     assert values is not None
+    x, _ = reference.split_outliers(x, linear.packed())
     q, scale, zero = quantize_activations(x, values)
     acc = dispatch.accumulate(q, prepared)
     compared, wrong = acc.numel(), int((acc != reference.accumulate(q, prepared.packed)).sum())

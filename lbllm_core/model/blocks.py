@@ -45,7 +45,9 @@ def linears_of_site(site: str) -> tuple[str, ...]:
 
 
 class Decoder:
-    """A view of a transformers causal language model; holds no weights of its own."""
+    """A view of a transformers causal language model; holds no weights of its own. `streamed`: each block is read anew when it is asked for."""
+
+    streamed = False
 
     def __init__(self, model: nn.Module):
         """Raises ModelError naming what is not supported."""
@@ -59,7 +61,7 @@ class Decoder:
             if getattr(self.config, name, None) not in (None, 1):
                 raise ModelError(f"{_kind(model)} has `{name}`, a step outside of its blocks that would be lost: only Llama-, Mistral- and Qwen2/3-style decoders can be binarized")
         self.base: Any = base
-        self.blocks: list[nn.Module] = list(base.layers)
+        self.blocks: Sequence[nn.Module] = list(base.layers)
         head = model.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(head, nn.Linear):
             raise ModelError(f"{_kind(model)} has no linear output head")
@@ -69,10 +71,18 @@ class Decoder:
         for index, block in enumerate(self.blocks):
             _check_block(block, f"{_kind(model)} block {index}")
 
+    @property
+    def width(self) -> int:
+        """Channels of a hidden state."""
+        return int(self.config.hidden_size)
+
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids `(batch, tokens)` -> hidden states `(batch, tokens, hidden)`."""
-        hidden: Tensor = self.base.embed_tokens(ids)
+        """Token ids `(batch, tokens)` -> hidden states `(batch, tokens, hidden)`, where the embedding lies."""
+        hidden: Tensor = self.base.embed_tokens(ids.to(self.base.embed_tokens.weight.device))
         return hidden
+
+    def embedded(self) -> None:
+        """All tokens are embedded: what was loaded for that alone may go."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the last block -> logits `(..., vocabulary)`."""

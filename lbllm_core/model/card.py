@@ -109,7 +109,10 @@ def card(origin: Origin, scheme: Mapping[str, object], bits: Bits, sizes: Mappin
 
 
 def _activations(scheme: Mapping[str, object]) -> str:
-    return "16-bit activations" if scheme["act_bits"] == 16 else f"{scheme['act_bits']}-bit activations ({scheme['act_variant']} codes)"
+    if scheme["act_bits"] == 16:
+        return "16-bit activations"
+    apart = f", {scheme['outlier_channels']} channels of each input in 8 bits, weights and activations" if scheme.get("outlier_channels") else ""
+    return f"{scheme['act_bits']}-bit activations ({scheme['act_variant']} codes){apart}"
 
 
 def with_results(text: str, results: Sequence[Result], source: str) -> str:

@@ -55,14 +55,14 @@ def inspect_model(config: ModelConfig, home: Path) -> Shapes:
     with load.quiet():
         if config.source == "synthetic":
             load.tiny_seed(config)
-            shapes = _of_architecture(tiny.architecture(), config.blocks)
+            shapes = architecture_shapes(tiny.architecture(), config.blocks)
         elif config.file:
             file = load.gguf_file(config, load.source_folder(config, SMALL_FILES))
             shapes = _of_gguf(file, config.blocks)
             load.check_sha(file, config.sha256)
         else:
             folder = load.source_folder(config, SMALL_FILES)
-            shapes = _of_architecture(load.read_config(folder, config.blocks), 0)
+            shapes = architecture_shapes(load.read_config(folder, config.blocks), 0)
             if config.source != "hub":
                 check_weight_files(folder)
                 load.check_sha(folder / "model.safetensors", config.sha256)
@@ -104,7 +104,7 @@ def _check_header(file: Path) -> None:
         raise ModelError(f"{file} has {size} bytes, its header promises {end}: the file is truncated or damaged; fetch it again")
 
 
-def _of_architecture(architecture: Any, blocks: int) -> Shapes:
+def architecture_shapes(architecture: Any, blocks: int) -> Shapes:
     """Shapes from a transformers configuration, on the meta device. Raises ModelError for a structure that cannot be binarized."""
     from transformers import AutoModelForCausalLM
 

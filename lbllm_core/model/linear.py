@@ -11,7 +11,7 @@ Three views of one weight, all giving `W_q (out, in)` in the forward pass:
 Levels are learned as fractions of the row's largest (levels / 127) and row scales as exponents of a gain, so that one learning
 rate means the same relative step in every row of every model. Levels are rounded to the int8 grid of the packed format inside
 the forward pass (straight-through), so that what is trained is what will be packed and the final snap changes nothing; the
-INT2 controls round to what their family can store (`quant/uniform.py`). A table may be shared by the linears of a site: it is
+INT2 controls round to what their family can store (`quant/uniform.py`); the family `real` leaves them unrounded until they are packed. A table may be shared by the linears of a site: it is
 the same `nn.Parameter` object in each of them.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lbllm_core.quant.uniform import affine_levels, as_affine, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
+    OutlierColumns,
     QuantizedWeight,
     from_real_levels,
     group_levels,
@@ -77,6 +78,8 @@ class _Through(torch.autograd.Function):
 
 def grid_ste(levels: Tensor, family: str = "free") -> Tensor:
     """Ascending levels as their family will store them; the gradient is that of the identity (of the projection, where steps are equal)."""
+    if family == "real":
+        return _Through.apply(levels.detach().clamp(-GRID, GRID), levels)  # type: ignore[no-any-return, no-untyped-call]
     smooth = levels if family == "free" else affine_levels(*as_affine(levels))
     return _Through.apply(to_family_grid(levels.detach(), family), smooth)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -200,14 +203,17 @@ class _Bits(torch.autograd.Function):
         return grad, grad * difference, _sums_by_code(grad, codes)
 
 
+PAIRINGS = {"low_high": [0, 1, 2, 3], "outer_inner": [0, 3, 1, 2]}  # of sorted levels, by 2 s + b; b is the larger of its pair
+
+
 class LatentBitmapWeight(nn.Module):
-    """The paper's parameterisation: latent W, latent bitmap G, and four levels paired low (s = 0) and high (s = 1)."""
+    """The paper's parameterisation: latent W, latent bitmap G, and four levels in two pairs, the first of s = 0, the second of s = 1."""
 
     unit: Tensor
 
-    def __init__(self, q: QuantizedWeight, latent: Tensor, soft: bool):
+    def __init__(self, q: QuantizedWeight, latent: Tensor, soft: bool, pairing: str = "low_high"):
         super().__init__()
-        real = group_levels(q) * q.row_scale[:, None, None]
+        real = (group_levels(q) * q.row_scale[:, None, None])[..., PAIRINGS[pairing]]
         self.group_size, self.columns = q.group_size, latent.shape[1]
         self.register_buffer("unit", (q.row_scale * GRID)[:, None, None])
         self.latent = nn.Parameter(latent.clone())
@@ -265,19 +271,32 @@ class LearningRates:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer around one of the weight views."""
+    """A linear layer around one of the weight views, and the INT8 columns beside it, which stay as they are."""
 
-    def __init__(self, weight: NearestWeight | FrozenWeight | LatentBitmapWeight, bias: Tensor | None):
+    def __init__(self, weight: NearestWeight | FrozenWeight | LatentBitmapWeight, bias: Tensor | None, outliers: OutlierColumns | None = None):
         super().__init__()
-        self.weight_view = weight
+        self.weight_view, self.outliers = weight, outliers
         self.held: Tensor | None = None  # the weight of this step, where somebody computed it once for several passes
         self.register_buffer("bias", bias)
+
+    def numel(self) -> int:
+        """How many weights it has."""
+        view = self.weight_view
+        return (view.codes if isinstance(view, FrozenWeight) else view.latent).numel()
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., in)` -> `(..., out)`."""
         bias: Tensor | None = self.bias  # type: ignore[assignment]
-        weight = self.weight_view() if self.held is None else self.held
-        return nn.functional.linear(x, weight, bias)
+        return nn.functional.linear(x, self.weight() if self.held is None else self.held, bias)
+
+    def weight(self) -> Tensor:
+        """The weight `(out, in)` that the codes stand for."""
+        columns: Tensor = self.weight_view()
+        return columns if self.outliers is None else self.outliers.placed(columns)
+
+    def quantized(self) -> QuantizedWeight:
+        """The current weight as a value."""
+        return replace(self.weight_view.quantized(), outliers=self.outliers)
 
 
 @contextmanager
@@ -286,7 +305,7 @@ def weights_held(linears: Sequence[QuantLinear]) -> Iterator[None]:
 
     Making a weight from codes and levels costs as much as using it for a few hundred tokens, so micro-batches share it.
     """
-    made = [linear.weight_view() for linear in linears]
+    made = [linear.weight() for linear in linears]
     for linear, weight in zip(linears, made, strict=True):
         linear.held = weight.detach().requires_grad_()
     try:

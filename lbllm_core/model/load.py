@@ -61,6 +61,12 @@ def load_teacher(config: ModelConfig, home: Path) -> Teacher:
     return Teacher(model, tokenizer, source.digest)
 
 
+def teacher_folder(config: ModelConfig, home: Path) -> Path:
+    """The transformers folder that `load_teacher` reads (`tiny` is trained and a GGUF file converted if they are not cached)."""
+    with quiet():
+        return _locate(config, home).folder()
+
+
 def teacher_digest(config: ModelConfig, home: Path) -> str:
     """The digest that `load_teacher` would return, from file contents alone (`tiny` is trained if it is not cached)."""
     with quiet():

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from lbllm_kernels import cpu, dispatch, ops
-from lbllm_kernels.activation import ActFactors
-from lbllm_kernels.format import FORMAT_VERSION, FormatError, PackedWeight, count_groups, validate
+from lbllm_kernels.activation import PACKED_VARIANTS, ActFactors, factors_of
+from lbllm_kernels.format import FORMAT_VERSION, MAX_IN_FEATURES, FormatError, PackedWeight, count_groups, validate
 from torch import Tensor, nn
 
 from lbllm_core.errors import ArtifactError, ModelError
@@ -37,7 +37,7 @@ from lbllm_core.model.blocks import SITE_OF, SITES, Decoder, linears_of, linears
 from lbllm_core.model.half import keep_half
 
 QUANT_METHOD = "lbllm"
-FLOAT_BUFFERS = ("row_scale", "bias", "factors")
+FLOAT_BUFFERS = ("row_scale", "bias", "factors", "outlier_scale")
 GIVEN_UP = ("codes", "levels", "group_codes")  # buffers that a prepared C++ layout can give back
 FUSED_LEVEL = {"cpu_avx2": cpu.AVX2}  # where a path is forced below what the processor has
 
@@ -50,16 +50,17 @@ class PackedScheme:
     level_mode: str  # "codebook" or "explicit"
     codebook_size: int  # entries of every table (codebook mode)
     act_bits: int
-    act_variant: str  # "uniform", "piecewise" or "none"
+    act_variant: str  # "uniform", "piecewise", "planes" or "none"
     kv_bits: int
     scheme: str = "w1p1a4"
     weight_bits: int = 2
     level_type: str = "s8"
     format_version: int = FORMAT_VERSION
+    outlier_channels: int = 0  # INT8 channels of every input
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, with `quant_method`."""
-        return {"quant_method": QUANT_METHOD, **vars(self)}
+        """The JSON form, with `quant_method`; `outlier_channels` only where there are some."""
+        return {"quant_method": QUANT_METHOD, **{key: value for key, value in vars(self).items() if value or key != "outlier_channels"}}
 
 
 def scheme_from_dict(values: dict[str, Any], where: str) -> PackedScheme:
@@ -74,12 +75,14 @@ def scheme_from_dict(values: dict[str, Any], where: str) -> PackedScheme:
         "level_mode": lambda v: v in ("codebook", "explicit"),
         "codebook_size": lambda v: type(v) is int and 0 <= v <= 256,
         "act_bits": lambda v: v in (4, 16),
-        "act_variant": lambda v: v in ("uniform", "piecewise", "none"),
+        "act_variant": lambda v: v in (*PACKED_VARIANTS, "none"),
+        "outlier_channels": lambda v: type(v) is int and 0 <= v <= MAX_IN_FEATURES,
         "kv_bits": lambda v: v in (4, 16),
         "weight_bits": lambda v: v == 2,
         "level_type": lambda v: v == "s8",
         "scheme": lambda v: isinstance(v, str),
     }
+    values = {"outlier_channels": 0, **values}
     for key, rule in rules.items():
         if key not in values or not rule(values[key]):
             raise ArtifactError(f"{where}: quantization_config.{key}={values.get(key)!r} is not valid in packed format version {version}; the file is damaged")
@@ -105,14 +108,14 @@ class _Memo:
 
 
 class ActSite(nn.Module):
-    """One input site of a block: its factors, fp32 `(4,)` = clip_max, clip_min, knee_low, knee_high, and the tokens in hand."""
+    """One input site of a block: its factors, fp32 = clip_max, clip_min and knee_low, knee_high or four plane weights, and the tokens in hand."""
 
     factors: Tensor
 
     def __init__(self, variant: str, readers: int, device: torch.device | str | None = None):
         super().__init__()
         self.variant, self.readers = variant, readers
-        self.register_buffer("factors", torch.tensor([1.0, 1.0, 0.25, 0.25], dtype=torch.float32, device=device))
+        self.register_buffer("factors", torch.tensor(ActFactors(variant).numbers(), dtype=torch.float32, device=device))
         self.values: ActFactors | None = None
         self._members: list[weakref.ref[PackedLinear]] = []
         self._memo: _Memo | None = None
@@ -132,7 +135,7 @@ class ActSite(nn.Module):
     def prepare(self) -> ActFactors:
         """Read the factors out of the buffer. Raises FormatError when they are not valid."""
         try:
-            self.values = ActFactors(self.variant, *self.factors.tolist())
+            self.values = ActFactors("none") if self.variant == "none" else factors_of(self.variant, self.factors.tolist())
         except ValueError as error:
             raise FormatError(f"factors: {error}") from error
         self.forget()
@@ -201,6 +204,9 @@ class PackedLinear(nn.Module):
     group_codes: Tensor | None
     codebook: Tensor | None
     bias: Tensor | None
+    perm: Tensor | None
+    outlier_weight: Tensor | None
+    outlier_scale: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, scheme: PackedScheme, site: ActSite, bias: bool = False, device: Any = None):
         super().__init__()
@@ -221,6 +227,10 @@ class PackedLinear(nn.Module):
         room("group_codes", coded, torch.uint8, out_features, groups)
         room("codebook", coded, torch.int32, scheme.codebook_size)
         room("bias", bias, torch.float32, out_features)
+        outliers = scheme.outlier_channels
+        room("perm", outliers > 0, torch.int32, in_features)
+        room("outlier_weight", outliers > 0, torch.int8, out_features, outliers)
+        room("outlier_scale", outliers > 0, torch.float32, out_features)
         site.join(self)
 
     @property
@@ -231,7 +241,10 @@ class PackedLinear(nn.Module):
         """The tensors as a value of the format (copied only where they had been given up)."""
         if self._given_up:
             return self.prepared.packed
-        return PackedWeight(self.codes, self.row_scale, self.in_features, self.group_size, self.levels, self.group_codes, self.codebook, self.bias)
+        return PackedWeight(
+            self.codes, self.row_scale, self.in_features, self.group_size, self.levels, self.group_codes, self.codebook, self.bias, self.perm,
+            self.outlier_weight, self.outlier_scale,
+        )  # fmt: skip
 
     def prepare(self, name: str = "") -> dispatch.Prepared:
         """Check the tensors and derive the layouts of the paths that dispatch chooses.
@@ -247,7 +260,10 @@ class PackedLinear(nn.Module):
         self.site.forget(tokens=False)
         self._prepared = prepared
         weight = prepared.cpu_weight
-        self._fused = cpu.Fused([weight], values, FUSED_LEVEL.get(prepared.choice.path, cpu.AVX512)) if weight is not None else None
+        if weight is not None and values.variant in cpu.QUANTIZES:
+            self._fused = cpu.Fused([weight], values, FUSED_LEVEL.get(prepared.choice.path, cpu.AVX512))
+        else:
+            self._fused = None
         if prepared.stored is None:
             self._given_up = tuple(n for n in GIVEN_UP if self._buffers.get(n) is not None)
             for given_up in self._given_up:
@@ -282,7 +298,7 @@ class PackedLinear(nn.Module):
         site = self._site[0]
         if torch.compiler.is_compiling():
             values = site.values if site.values is not None else site.prepare()
-            if values.variant == "none" or x.numel() == 0:
+            if values.variant == "none" or x.numel() == 0 or prepared.has_outliers:
                 return dispatch.linear(x, prepared, values)
             return ops.linear(x, prepared, self.group_size, values)
         if self._fused is not None and self._fused.takes(x):
@@ -292,7 +308,7 @@ class PackedLinear(nn.Module):
         count = x.numel() // self.in_features
         path = prepared.route(count).path
         alone = path.forward is not None and (site.readers == 1 or count <= path.alone_up_to)
-        tokens = None if alone or values.variant == "none" else site.tokens(x, prepared.route(count))
+        tokens = None if alone or values.variant == "none" or prepared.has_outliers else site.tokens(x, prepared.route(count))
         return dispatch.linear(x, prepared, values, tokens)
 
     def extra_repr(self) -> str:

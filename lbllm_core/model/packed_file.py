@@ -23,7 +23,7 @@ from lbllm_core.errors import ArtifactError
 
 CHECKSUMS = "crc32"
 Header = Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]
-TYPES = {"U8": torch.uint8, "I32": torch.int32, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_header(path: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:

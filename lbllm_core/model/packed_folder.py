@@ -5,8 +5,9 @@
     README.md            the model card (`card.py`)
     tokenizer files, generation_config.json
 
-**Names.** `<block>.<linear>.codes | row_scale | levels | group_codes | codebook | bias`, `<block>.act_sites.<site>.factors` (fp32:
-clip_max, clip_min, knee_low, knee_high), everything else as transformers calls it.
+**Names.** `<block>.<linear>.codes | row_scale | levels | group_codes | codebook | bias | perm | outlier_weight | outlier_scale`,
+`<block>.act_sites.<site>.factors` (fp32: clip_max, clip_min, then knee_low, knee_high or four plane weights), everything else as
+transformers calls it.
 
 **What is not a packed linear** is stored in the narrowest type that holds it: fp16 or bf16 where every value survives exactly, fp16 for
 an embedding or head whose rounding error lies more than 60 dB below its values (SmolLM2's dequantized embedding: 73.8 dB, which
@@ -35,7 +36,7 @@ from lbllm_core.config import SchemeConfig
 from lbllm_core.errors import ArtifactError, ModelError
 from lbllm_core.model.blocks import SITE_OF, SITES, Decoder
 from lbllm_core.model.card import Origin, card
-from lbllm_core.model.packed import QUANT_METHOD, PackedScheme, finalize, install_packed_linears, scheme_from_dict
+from lbllm_core.model.packed import QUANT_METHOD, ActSite, PackedScheme, finalize, install_packed_linears, scheme_from_dict
 from lbllm_core.model.packed_file import read_header, read_tensors, write_tensors
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.bits import BILL_OF_FAMILY, Bits, add, linear_bits
@@ -72,7 +73,7 @@ def packed_scheme(scheme: SchemeConfig) -> PackedScheme:
     if scheme.weight_bits != 2:
         raise ModelError(f"scheme.weight_bits={scheme.weight_bits}: only 2-bit weights can be packed")
     if scheme.act_bits < 16 and scheme.act_variant == "per_group":
-        raise ModelError("scheme.act_variant=per_group is emulated only and has no packed form; choose uniform or piecewise, or scheme.act_bits=16")
+        raise ModelError("scheme.act_variant=per_group is emulated only and has no packed form; choose uniform, piecewise or planes, or scheme.act_bits=16")
     return PackedScheme(
         group_size=scheme.group_size,
         level_mode=scheme.level_mode,
@@ -81,6 +82,7 @@ def packed_scheme(scheme: SchemeConfig) -> PackedScheme:
         act_variant=scheme.act_variant if scheme.act_bits < 16 else "none",
         kv_bits=scheme.kv_bits,
         scheme=scheme.name,
+        outlier_channels=scheme.outlier_channels,
     )
 
 
@@ -96,6 +98,8 @@ def weight_tensors(weight: QuantizedWeight, entries: int) -> dict[str, Tensor]:
         words = pack_levels(weight.codebook.detach().cpu().to(torch.int16))
         made["codebook"] = nn.functional.pad(words, (0, entries - words.numel()))
         made["group_codes"] = weight.group_codes.cpu()
+    if weight.outliers is not None:
+        made |= {"perm": weight.outliers.perm.cpu().clone(), "outlier_weight": weight.outliers.weight.cpu(), "outlier_scale": weight.outliers.scale.cpu()}
     return made
 
 
@@ -108,8 +112,8 @@ def block_tensors(state: BlockState, scheme: PackedScheme, biases: Mapping[str, 
         if bias is not None:
             made[f"{path}.bias"] = bias.detach().float().cpu()
     for site in SITES:
-        f = state.sites.get(site, ActFactors("none"))  # before stage 3 a site has the untrained numbers, which are the defaults
-        made[f"act_sites.{site}.factors"] = torch.tensor([f.clip_max, f.clip_min, f.knee_low, f.knee_high], dtype=torch.float32)
+        f = state.sites.get(site, ActFactors(scheme.act_variant))  # before stage 3 a site has the untrained numbers, which are the defaults
+        made[f"act_sites.{site}.factors"] = torch.tensor(f.numbers(), dtype=torch.float32)
     return made | {f"{norm}.weight": narrow(weight.detach().cpu())[0] for norm, weight in state.norms.items()}
 
 
@@ -147,7 +151,7 @@ def pack_student(
         linears = {path: block.get_submodule(path) for path in SITE_OF}
         biases = {path: m.bias for path, m in linears.items() if isinstance(m.bias, Tensor)}
         tensors |= {f"{prefix}.{name}": t.contiguous() for name, t in block_tensors(state, form, biases).items()}
-        bills += [linear_bits(q.codes.shape[0], q.codes.shape[1], q.group_size, form.codebook_size, bill=bill) for q in state.linears.values()]
+        bills += [linear_bits(q.codes.shape[0], q.codes.shape[1], q.group_size, form.codebook_size, form.outlier_channels, bill) for q in state.linears.values()]
         replaced |= {f"{prefix}.{path}.{leaf}" for path in SITE_OF for leaf in ("weight", "bias")}
         count += 1
     if count != len(view.blocks):
@@ -224,8 +228,6 @@ def load_packed(folder: Path, device: torch.device | str = "cpu", *, activations
     head as ordinary fp32 modules.
     """
     scheme = read_scheme(folder)
-    if not activations:
-        scheme = replace(scheme, act_bits=16, act_variant="none", kv_bits=16)
     _check_sizes(folder)
     model = _skeleton(folder, scheme)
     tables = (model.get_input_embeddings(), model.get_output_embeddings())  # stay in their stored type until `finalize`
@@ -237,6 +239,11 @@ def load_packed(folder: Path, device: torch.device | str = "cpu", *, activations
         else:
             wide = tensor if any(module is table for table in tables) else tensor.to(torch.float32)
             module._parameters[leaf] = nn.Parameter(wide.to(device), requires_grad=False)
+    if not activations:
+        scheme = replace(scheme, kv_bits=16)
+        for module in model.modules():
+            if isinstance(module, ActSite):
+                module.variant = "none"
     model.tie_weights()
     finalize(model, str(folder / WEIGHTS), keep_16_bits)
     finish_loading(model, scheme)

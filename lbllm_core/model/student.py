@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lbllm_kernels.activation import ActFactors
+from lbllm_kernels.activation import ActFactors, factors_of
 from lbllm_kernels.format import pack_codes, unpack_codes
 from torch import Tensor
 
 from lbllm_core.model.blocks import NORMS, SITE_OF, SITES
-from lbllm_core.quant.weight import QuantizedWeight
+from lbllm_core.quant.weight import OutlierColumns, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def state_tensors(state: BlockState) -> dict[str, Tensor]:
     """The tensors of a block file by name (contiguous, on the CPU)."""
     made: dict[str, Tensor] = {}
     for path, q in state.linears.items():
-        made[f"{path}.codes"] = pack_codes(q.codes.cpu())
+        made[f"{path}.codes"] = pack_codes(q.codes)
         made[f"{path}.row_scale"] = q.row_scale.float()
         if q.levels is not None:
             made[f"{path}.levels"] = q.levels.float()
@@ -44,12 +44,14 @@ def state_tensors(state: BlockState) -> dict[str, Tensor]:
             assert q.codebook is not None
             made[f"{path}.group_codes"] = q.group_codes
             made[f"{path}.codebook"] = q.codebook.float().clone()  # linears of a site share it
+        if q.outliers is not None:
+            made |= {f"{path}.outliers.{name}": t.clone() for name, t in vars(q.outliers).items()}  # linears of a site share the order
         made[f"{path}.shape"] = torch.tensor([*q.codes.shape, q.group_size])
     made |= {f"{path}.bias": bias.float() for path, bias in state.biases.items()}
     made |= {f"{path}.latent": latent.half() for path, latent in state.latents.items()}
     made |= {f"{norm}.weight": weight.float() for norm, weight in state.norms.items()}
     for site, f in state.sites.items():
-        made[f"site.{site}"] = torch.tensor([f.clip_max, f.clip_min, f.knee_low, f.knee_high], dtype=torch.float32)
+        made[f"site.{site}"] = torch.tensor(f.numbers(), dtype=torch.float32)
     return {name: t.detach().cpu().contiguous() for name, t in made.items()}
 
 
@@ -65,6 +67,7 @@ def state_from_tensors(tensors: dict[str, Tensor], variant: str, act_group_size:
             levels=tensors.get(f"{path}.levels"),
             group_codes=tensors.get(f"{path}.group_codes"),
             codebook=tensors.get(f"{path}.codebook"),
+            outliers=OutlierColumns(*(tensors[f"{path}.outliers.{name}"] for name in ("perm", "weight", "scale"))) if f"{path}.outliers.perm" in tensors else None,
         )
         if f"{path}.bias" in tensors:
             biases[path] = tensors[f"{path}.bias"]
@@ -73,8 +76,7 @@ def state_from_tensors(tensors: dict[str, Tensor], variant: str, act_group_size:
     sites = {}
     for site in SITES:
         if f"site.{site}" in tensors:
-            clip_max, clip_min, knee_low, knee_high = tensors[f"site.{site}"].tolist()
-            sites[site] = ActFactors(variant, clip_max, clip_min, knee_low, knee_high, act_group_size)
+            sites[site] = factors_of(variant, tensors[f"site.{site}"].tolist(), act_group_size)
     norms = {norm: tensors[f"{norm}.weight"] for norm in NORMS}
     return BlockState(linears=linears, norms=norms, biases=biases, sites=sites, latents=latents)
 

@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lbllm_kernels.activation import ActFactors
 from torch import Tensor, nn
 
-from lbllm_core.model.blocks import NORMS, SITE_OF, Decoder
+from lbllm_core.model.blocks import NORMS, SITE_OF, Decoder, linears_of_site
 from lbllm_core.model.linear import FrozenWeight, LatentBitmapWeight, LearningRates, NearestWeight, QuantLinear
 from lbllm_core.model.smoothing import NORM_OF_SITE
 from lbllm_core.model.student import BlockState
@@ -38,11 +39,11 @@ class _Tensor(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 
 
-def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits: int = 16, family: str = "free") -> nn.Module:
+def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits: int = 16, family: str = "free", pairing: str = "low_high") -> nn.Module:
     """A student block on the teacher block's device.
 
     mode: `nearest` and `latent_*` train from `state.latents`; `frozen` trains levels only; `fixed` trains nothing.
-    family: what levels are rounded to while they train (`quant/uniform.py`).
+    family: what levels are rounded to while they train (`quant/uniform.py`; `real`: nothing). pairing: of latent bitmaps (`model/linear.py`).
     """
     device = next(teacher_block.parameters()).device
     block = _copy_without_linears(teacher_block)
@@ -53,13 +54,13 @@ def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits
         table = _shared_table(tables, state, path, device)
         linear: nn.Module
         if mode == "fixed":
-            linear = _Tensor(FrozenWeight(q, table)().detach(), bias)
+            linear = _Tensor(QuantLinear(FrozenWeight(q, table), None, q.outliers).weight().detach(), bias)
         elif mode == "frozen":
-            linear = QuantLinear(FrozenWeight(q, table, family), bias)
+            linear = QuantLinear(FrozenWeight(q, table, family), bias, q.outliers)
         elif mode == "nearest":
-            linear = QuantLinear(NearestWeight(q, state.latents[path].to(device), table, family), bias)
+            linear = QuantLinear(NearestWeight(q, state.latents[path].to(device), table, family), bias, q.outliers)
         else:
-            linear = QuantLinear(LatentBitmapWeight(q, state.latents[path].to(device), mode == "latent_soft"), bias)
+            linear = QuantLinear(LatentBitmapWeight(q, state.latents[path].to(device), mode == "latent_soft", pairing), bias, q.outliers)
         _replace(block, path, linear)
     for norm in NORMS:
         module: Any = block.get_submodule(norm)
@@ -67,7 +68,7 @@ def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits
         module.weight.requires_grad_(False)
     for site, factors in state.sites.items():
         if factors.variant != "none":
-            _insert_quantizer(block, site, ActQuantizer(factors).to(device))
+            _insert_quantizer(block, site, _quantizer(state, site, factors).to(device))
     set_kv_bits(block, kv_bits)
     return block
 
@@ -106,6 +107,11 @@ def _replace(block: nn.Module, path: str, module: nn.Module) -> None:
     setattr(block.get_submodule(parent), name, module)
 
 
+def _quantizer(state: BlockState, site: str, factors: ActFactors) -> ActQuantizer:
+    outliers = state.linears[linears_of_site(site)[0]].outliers  # linears of a site see one input: they agree
+    return ActQuantizer(factors, None if outliers is None else outliers.channels)
+
+
 def _insert_quantizer(block: nn.Module, site: str, quantizer: ActQuantizer) -> None:
     if site in NORM_OF_SITE:
         _replace(block, NORM_OF_SITE[site], nn.Sequential(block.get_submodule(NORM_OF_SITE[site]), quantizer))
@@ -127,10 +133,10 @@ def fake_quant_model(teacher: nn.Module, states: Sequence[BlockState], kv_bits: 
     model = copy.deepcopy(teacher, memo)
     layers: Any = model.model.layers  # type: ignore[union-attr]
     for index, (block, state) in enumerate(zip(view.blocks, states, strict=True)):
-        plain = build_block(block, replace(state, sites={}), "fixed", kv_bits)
+        plain, device = build_block(block, replace(state, sites={}), "fixed", kv_bits), next(block.parameters()).device
         for path, site in SITE_OF.items():
             if site in state.sites:
-                _replace(plain, path, nn.Sequential(ActQuantizer(state.sites[site]), plain.get_submodule(path)))
+                _replace(plain, path, nn.Sequential(_quantizer(state, site, state.sites[site]).to(device), plain.get_submodule(path)))
         layers[index] = plain
     return model.eval()
 
@@ -181,7 +187,7 @@ def _kind_of(name: str) -> str:
 
 def read_state(block: nn.Module, start: BlockState) -> BlockState:
     """The trained block as a value; everything that was not trained comes from `start`. Latent weights stay with it: stage 4 may move them."""
-    linears = {path: linear.weight_view.quantized() for path, linear in quant_linears(block).items()}
+    linears = {path: linear.quantized() for path, linear in quant_linears(block).items()}
     sites = {**start.sites, **{site: quantizer.factors() for site, quantizer in quantizers(block)}}
     latents = dict(start.latents)
     for path, linear in quant_linears(block).items():

@@ -58,10 +58,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal = h.diagonal()
     dead = diagonal <= 0
     mean = diagonal.mean().clamp_min(1e-12)
-    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
     for factor in (1.0, 10.0, 100.0, 1000.0):
-        damped = h + eye * (damping * factor * mean) + torch.diag(dead.double() * mean)
+        damped = h.clone()  # 11008 channels are a gigabyte: no matrix more than needed
+        damped.diagonal().add_(damping * factor * mean).add_(dead.double() * mean)
         chol, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if info.item() == 0:
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol), upper=True)
             if info.item() == 0 and bool(torch.isfinite(upper).all()):
@@ -74,12 +75,14 @@ def quantize_columns(w: Tensor, hessian: Tensor | None, damping: float, order: O
     """Codes of every weight, and the compensated weights they were chosen for.
 
     w `(out, in)` float32; hessian `(in, in)`, or None for no compensation; order from `sweep_order` -> codes `(out, in)` uint8 and
-    compensated weights `(out, in)` float32 (a weight's value at the moment its column was quantized), both as stored.
+    compensated weights `(out, in)` float32 (a weight's value at the moment its column was quantized), both as stored. Columns behind those
+    of the order are not quantized (code 0): they take up the errors of all others.
     """
     visit = torch.cat([columns for _, columns in order])
+    visit = torch.cat([visit, torch.arange(len(visit), w.shape[1], device=visit.device)])
     upper = None if hessian is None else inverse_factor(hessian[visit][:, visit], damping)
     swept = w[:, visit]
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    codes = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
     left = 0
     for batch in _batches(order):
         right = left + sum(len(columns) for _, columns in batch)

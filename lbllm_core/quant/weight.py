@@ -19,6 +19,9 @@ Two ways to store the four levels of a group, both held by `QuantizedWeight`:
 - *codebook*: one byte for each (row, group) picks a quadruple out of a table of at most 256. 8 bits a group, so groups can
   be four times smaller at the same cost, and small groups are what fits real weights best.
 
+The predecessor keeps a few *outlier channels* of the input apart, in INT8 with a scale a row (`OutlierColumns`); where a weight has them, its
+columns are in their order, outliers last, and codes and levels under those count for nothing.
+
 Levels are kept in units of the row scale, ascending; `snap` rounds them to the int8 grid -127..127 that the packed format
 stores. Ascending order makes the code of a weight the number of *midpoints* below it, three comparisons and no search.
 Shapes: codes `(out, in)`, levels `(out, n_groups, 4)`, with `n_groups = ceil(in / G)`; a short last group is allowed.
@@ -37,6 +40,29 @@ TINY = 1e-12  # an importance below this counts as none
 
 
 @dataclass(frozen=True)
+class OutlierColumns:
+    """Input channels kept in INT8: column j of the weight is channel `perm[j]`, and the last n columns are `scale * weight`."""
+
+    perm: Tensor  # (in,) int32
+    weight: Tensor  # (out, n) int8, -127..127
+    scale: Tensor  # (out,) float32
+
+    @property
+    def channels(self) -> Tensor:
+        """The outlier channels, `(n,)`."""
+        return self.perm[len(self.perm) - self.weight.shape[1] :]
+
+    def rows(self, rows: slice) -> OutlierColumns:
+        """The same channels for some output rows."""
+        return OutlierColumns(self.perm, self.weight[rows].contiguous(), self.scale[rows].clone())
+
+    def placed(self, columns: Tensor) -> Tensor:
+        """`(out, in)` in the weight's column order -> in the order of the channels, with the INT8 columns in place."""
+        kept = columns[:, : columns.shape[1] - self.weight.shape[1]]
+        return torch.cat([kept, (self.weight * self.scale[:, None]).to(columns.dtype)], dim=1)[:, self.perm.long().argsort()]
+
+
+@dataclass(frozen=True)
 class QuantizedWeight:
     """A linear layer's weight in W(1+1); exactly one of `levels` and (`group_codes`, `codebook`) is present."""
 
@@ -46,10 +72,13 @@ class QuantizedWeight:
     levels: Tensor | None = None  # (out, n_groups, 4) float32, ascending, in units of row_scale
     group_codes: Tensor | None = None  # (out, n_groups) uint8
     codebook: Tensor | None = None  # (entries, 4) float32, each ascending, in units of row_scale
+    outliers: OutlierColumns | None = None
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same value on another device."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        if self.outliers is not None:
+            moved["outliers"] = OutlierColumns(*(v.to(device) for v in vars(self.outliers).values()))
         return replace(self, **moved)
 
 
@@ -114,7 +143,15 @@ def group_levels(q: QuantizedWeight) -> Tensor:
 def dequantize(q: QuantizedWeight) -> Tensor:
     """The weight that the codes stand for: `(out, in)` float32, eq. 3."""
     grouped = take_levels(group_levels(q), split_groups(q.codes, q.group_size))
-    return join_groups(grouped, q.codes.shape[1]) * q.row_scale[:, None]
+    columns = join_groups(grouped, q.codes.shape[1]) * q.row_scale[:, None]
+    return columns if q.outliers is None else q.outliers.placed(columns)
+
+
+def to_outliers(columns: Tensor, perm: Tensor) -> OutlierColumns:
+    """Round the last columns `(out, n)` of a weight to INT8, a scale a row. perm `(in,)`."""
+    largest = columns.abs().amax(1)
+    scale = torch.where(largest > 0, largest / GRID, torch.ones_like(largest))
+    return OutlierColumns(perm.int(), (columns / scale[:, None]).round().clamp(-GRID, GRID).to(torch.int8), scale)
 
 
 def snap(q: QuantizedWeight) -> QuantizedWeight:

@@ -31,6 +31,23 @@ def product_table(records: Sequence[Record], baseline: str) -> str:
     return markdown(cells)
 
 
+BESIDE = {"cublas_fp16": "cuBLAS fp16", "ours_beside": "ours, stored, G=128", "gemlite_a16w2": "GemLite A16W2", "humming_w2": "Humming W2A16"}
+
+
+def peers_table(records: Sequence[Record]) -> str:
+    """Markdown: a line a shape and number of tokens, a column a library; how many times faster than cuBLAS of the same run it is."""
+    times: dict[tuple[int, int, int], dict[str, Record]] = {}
+    for r in records:
+        if r["name"] == "kernel_us" and r.get("op") in BESIDE:
+            times.setdefault((r["m"], r["n"], r["k"]), {})[str(r["op"])] = r
+    ops = [op for op in BESIDE if any(op in line for line in times.values())]
+    cells: Cells = [["N x K", "M", *(BESIDE[op] for op in ops)]]
+    for (m, n, k), line in sorted(times.items()):
+        values = [f"{number(line[op]['value'])} us" + (f", {line[op]['speedup']:.2f}x" if "speedup" in line[op] else "") if op in line else "" for op in ops]
+        cells.append([f"{n} x {k}", str(m), *values])
+    return markdown(cells)
+
+
 MODEL_FIGURES = ("load_s", "weights_gb", "decode_tok_s", "prefill_tok_s", "peak_gb")
 
 

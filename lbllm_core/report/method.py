@@ -19,11 +19,15 @@ STAGE_OF = {"stage1": 1, "stage2": 2, "stage3": 3, "final": 4, "stage1_explicit"
 STEPS = {1: "ptq_init", 2: "weight_distill", 3: "act_quant", 4: "end_to_end"}
 
 
-def control_of(config: RunConfig) -> str:
-    """The word of method.json for a config's levels."""
+def control_of(config: RunConfig, stages: tuple[int, ...]) -> str:
+    """The word of method.json for a config that went through these stages: one training stage for all, the predecessor, else its levels."""
     s = config.scheme
     if config.ptq_init.method == "rtn":
         return "rtn"
+    if config.weight_distill.joint and 2 in stages:
+        return "joint"
+    if s.act_bits == 4 and s.act_variant == "planes" and not {2, 4} & set(stages):
+        return "bwa"
     if s.level_family == "free":
         return "none"
     return "int2" if s.level_family == "int2" else "affine_cb" if s.level_mode == "codebook" else "affine8"
@@ -45,7 +49,7 @@ def row_context(config: RunConfig, row: str, effective_bpw: float | None = None)
     sequences = [used.ptq_init.sequences, used.weight_distill.sequences, used.act_quant.sequences, used.dataset.sequences]
     return context | {
         "scheme": s.name,
-        "control": control_of(used),
+        "control": control_of(used, stages),
         "stages": "+".join(map(str, stages)),
         "level_mode": s.level_mode,
         "group_size": s.group_size,

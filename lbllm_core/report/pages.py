@@ -17,9 +17,10 @@ from typing import Any
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
 from lbllm_core.report.fault_tables import fault_table
-from lbllm_core.report.kernel_tables import model_table, product_table
+from lbllm_core.report.kernel_tables import model_table, peers_table, product_table
 from lbllm_core.report.method_tables import method_table, zero_shot_table
 from lbllm_core.report.records import read_results
+from lbllm_core.report.scale_tables import scale_table
 from lbllm_core.report.tables import comparison, markdown, rows_of
 
 RESULTS = Path("results")
@@ -60,9 +61,11 @@ TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
         "method": ("method.json", strength_table),
         "zero_shot": ("method.json", lambda content: zero_shot_table(content["records"], "smollm2_135m")),
         "kernels_h100": ("kernels_h100.json", lambda content: product_table(content["records"], "cublas_fp16")),
+        "kernels_peers": ("peers_h100.json", lambda content: peers_table(content["records"])),
         "kernels_cpu": ("kernels_cpu.json", lambda content: product_table(content["records"], "torch_fp32")),
         "decode_h100": ("decode_h100.json", lambda content: model_table(content["records"])),
         "faults": ("faults.json", lambda content: fault_table(content["records"])),
+        "scale_h100": ("scale_h100.json", lambda content: scale_table(content["records"])),
         "decode_cpu": ("decode_cpu.json", lambda content: model_table(content["records"])),
     }
 )
@@ -76,7 +79,8 @@ def render(name: str, results: Path = RESULTS) -> str:
     if not (results / file).exists():
         return f"_Not measured yet: `results/{file}` is not there._\n"
     content = read_results(results / file)
-    source = f"`{content['command']}`, commit `{content['commit'][:12]}`, {content['date'][:10]}, {content['device']}, torch {content['versions']['torch']}"
+    commit = re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]+", "", content["commit"])  # what says that files differed from it stays
+    source = f"`{content['command']}`, commit `{commit}`, {content['date'][:10]}, {content['device']}, torch {content['versions']['torch']}"
     return f"{table(content)}\n_{source}; from `results/{file}`._\n"
 
 

@@ -1,6 +1,6 @@
 """Stage 3, activation-aware refinement (AAR): 4-bit activations on, codes frozen, a second shallow-to-deep sweep.
 
-Each site starts from clips that minimise its own quantization error on calibration inputs, found by a small search, then the
+Each site starts from clips (and knees, or plane weights) that minimise its own quantization error on calibration inputs, found by a small search, then the
 block's levels, clips and knees are trained together against the teacher's output (arXiv 2604.19167, section on AAR). The 4-bit
 cache of keys and values, if the scheme has one, is on as well.
 """
@@ -11,7 +11,7 @@ import itertools
 from dataclasses import replace
 
 import torch
-from lbllm_kernels.activation import ActFactors
+from lbllm_kernels.activation import POWERS_OF_TWO, ActFactors
 from torch import Tensor, nn
 
 from lbllm_core.config import ActQuantConfig, SchemeConfig
@@ -21,7 +21,7 @@ from lbllm_core.model.blocks import SITES, linears_of_site
 from lbllm_core.model.linear import LearningRates
 from lbllm_core.model.student import BlockState
 from lbllm_core.model.student_block import build_block, read_state
-from lbllm_core.quant.activation import fake_quantize
+from lbllm_core.quant.activation import ActQuantizer, fit_planes
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)
 KNEES = (0.15, 0.25, 0.4, 0.55)
@@ -38,7 +38,7 @@ def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config:
     """Stage 3 of one block: search factors, then train them with the levels."""
     if scheme.act_bits == 4:
         start = replace(start, sites=search_factors(job, start, scheme))
-    block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.level_family)
+    block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.trained_family)
     plan = TrainingPlan(
         rates=learning_rates(config), epochs=config.epochs, batch_size=config.batch_size, lr_final=config.lr_final, grad_clip=config.grad_clip, seed=seed
     )
@@ -48,19 +48,22 @@ def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config:
 
 @torch.no_grad()
 def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig) -> dict[str, ActFactors]:
-    """Clips (and knees) of each site that lose least on a sample of its inputs, by grid search."""
+    """Clips (and knees, or planes) of each site that lose least on a sample of its inputs, by grid search."""
     samples = _site_inputs(job, build_block(job.teacher_block, BlockState(state.linears, state.norms, state.biases), "fixed", scheme.kv_bits))
     knees = KNEES if scheme.act_variant == "piecewise" else (0.25,)
-    found = {}
+    found: dict[str, ActFactors] = {}
     for site, x in samples.items():
-        best, best_error = (1.0, 0.25), float("inf")
+        found[site], best_error = ActFactors(scheme.act_variant), float("inf")
+        outliers = state.linears[linears_of_site(site)[0]].outliers
+        if outliers is not None:  # they have codes of their own
+            x[:, outliers.channels.long().to(x.device)] = 0
         for clip, knee in itertools.product(CLIPS, knees):
-            c, k = torch.tensor(clip, device=x.device), torch.tensor(knee, device=x.device)
-            error = float((fake_quantize(x, scheme.act_variant, c, c, k, k, scheme.act_group_size) - x).square().sum())
+            planes = fit_planes(x, clip) if scheme.act_variant == "planes" else POWERS_OF_TWO
+            factors = ActFactors(scheme.act_variant, clip, clip, knee, knee, scheme.act_group_size if scheme.act_variant == "per_group" else 0, planes)
+            error = float((ActQuantizer(factors).to(x.device)(x) - x).square().sum())
+            error = job.hardware.ranks.mean(error, x.device)
             if error < best_error:
-                best, best_error = (clip, knee), error
-        clip, knee = best
-        found[site] = ActFactors(scheme.act_variant, clip, clip, knee, knee, scheme.act_group_size if scheme.act_variant == "per_group" else 0)
+                found[site], best_error = factors, error
     return found
 
 
@@ -77,7 +80,7 @@ def _site_inputs(job: BlockJob, block: nn.Module) -> dict[str, Tensor]:
 
         handles.append(block.get_submodule(linears_of_site(site)[0]).register_forward_pre_hook(collect))
     try:
-        job.run(block, job.inputs[:sequences])
+        job.run(block, job.inputs[slice(0, sequences)])
     finally:
         for handle in handles:
             handle.remove()

@@ -93,7 +93,7 @@ def refine(r: Refinement, ids: Tensor, states: Iterable[BlockState], ledger: Led
     blocks, starts = [], []
     for teacher, state in zip(r.decoder.blocks, states, strict=True):
         mode: Mode = "nearest" if c.lr_weight and state.latents else "frozen"
-        blocks.append(build_block(teacher, state, mode, r.scheme.kv_bits, r.scheme.level_family))
+        blocks.append(build_block(teacher, state, mode, r.scheme.kv_bits, r.scheme.trained_family))
         starts.append(replace(state, linears={}, latents={}))  # what the new block does not hold itself
     groups = [group for block in blocks for group in parameter_groups(block, learning_rates(c))]
     if not groups:

@@ -11,7 +11,8 @@ The importance of channel i in the level fit is `H_ii` (or `1 / [H^-1]_ii`). In 
 table: k and v projections are too small to pay for their own. Weights are handed on as compensated, because stage 2 starts
 from them: their nearest levels are exactly the codes chosen here.
 
-Source: BWA (arXiv 2504.05352), without its INT8 outlier channels.
+Source: BWA (arXiv 2504.05352). Its INT8 outlier channels are optional (`scheme.outlier_channels`): the channels of a site with the
+largest mean square are put last, take up the errors of all other columns, and are rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_core.config import PtqInitConfig, SchemeConfig
-from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob
-from lbllm_core.errors import NumericalError
+from lbllm_core.engine.block_sweep import BlockJob, passes
+from lbllm_core.errors import ModelError, NumericalError
 from lbllm_core.model.blocks import NORMS, SITE_OF, SITES, linears_of, linears_of_site
 from lbllm_core.model.smoothing import SiteStatistics, smooth
 from lbllm_core.model.student import BlockState
@@ -39,6 +40,7 @@ from lbllm_core.quant.weight import (
     from_real_levels,
     n_groups,
     split_groups,
+    to_outliers,
     weighted_error,
 )
 
@@ -66,13 +68,16 @@ def collect_statistics(job: BlockJob) -> dict[str, SiteStatistics]:
     first = {site: linears_of_site(site)[0] for site in SITES}
     handles = [job.teacher_block.get_submodule(path).register_forward_pre_hook(hook(site)) for site, path in first.items()]
     try:
-        batch = max(1, TOKENS_A_PASS // job.inputs.shape[1])
-        for i in range(0, len(job.inputs), batch):
-            job.run(job.teacher_block, job.inputs[i : i + batch])
-            tokens += job.inputs[i : i + batch].shape[:2].numel()
+        for hidden in job.inputs.batches(passes(job.inputs)):
+            job.run(job.teacher_block, hidden)
+            tokens += hidden.shape[:2].numel()
     finally:
         for handle in handles:
             handle.remove()
+    ranks, device = job.hardware.ranks, job.inputs.device
+    ranks.sum_(*sums.values())
+    ranks.largest_(*largest.values())
+    tokens = round(ranks.mean(tokens, device) * ranks.size)
     for site, h in sums.items():
         if not bool(torch.isfinite(h).all()):
             raise NumericalError(f"block {job.index}: the inputs of `{site}` are not finite; try hardware.compute_dtype=fp32 or other calibration text")
@@ -83,6 +88,9 @@ def collect_statistics(job: BlockJob) -> dict[str, SiteStatistics]:
 def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, seed: int) -> tuple[BlockState, dict[str, float]]:
     """Stage 1 of one block. Figures: weighted relative error of each linear, and what the snap to int8 added."""
     linears = linears_of(job.teacher_block)
+    for path, linear in linears.items():
+        if scheme.outlier_channels and scheme.outlier_channels >= linear.in_features:
+            raise ModelError(f"scheme.outlier_channels={scheme.outlier_channels} leaves none of the {linear.in_features} input channels of {path}; choose fewer")
     statistics = collect_statistics(job)
     parts: Any = job.teacher_block
     weights, biases, norms, statistics = smooth(
@@ -161,15 +169,30 @@ def _relative_error(w: Tensor, made: Tensor, importance: Tensor) -> float:
 
 def _rows(q: QuantizedWeight, rows: slice) -> QuantizedWeight:
     """Some rows of a stacked weight; explicit levels get their own row scales, a table stays shared."""
-    codes = q.codes[rows].contiguous()
+    codes, outliers = q.codes[rows].contiguous(), q.outliers and q.outliers.rows(rows)
     if q.levels is not None:
-        return from_real_levels(codes, q.levels[rows] * q.row_scale[rows, None, None], q.group_size)
+        return replace(from_real_levels(codes, q.levels[rows] * q.row_scale[rows, None, None], q.group_size), outliers=outliers)
     assert q.group_codes is not None
-    return QuantizedWeight(codes, q.row_scale[rows].clone(), q.group_size, group_codes=q.group_codes[rows].contiguous(), codebook=q.codebook)
+    return QuantizedWeight(
+        codes, q.row_scale[rows].clone(), q.group_size, group_codes=q.group_codes[rows].contiguous(), codebook=q.codebook, outliers=outliers
+    )
 
 
 def quantize_site(w: Tensor, hessian: Tensor, scheme: SchemeConfig, config: PtqInitConfig, generator: torch.Generator) -> tuple[QuantizedWeight, Tensor]:
-    """Stacked rows that share an input: w `(out, in)`, hessian `(in, in)` -> quantized weight and compensated weights."""
+    """Stacked rows that share an input: w `(out, in)`, hessian `(in, in)` -> quantized weight and compensated weights.
+
+    With outlier channels both are in the order of the columns, outliers last.
+    """
+    if not scheme.outlier_channels:
+        return _two_bits(w, hessian, scheme, config, generator)
+    perm = hessian.diagonal().argsort(stable=True)
+    perm = torch.cat([perm[: -scheme.outlier_channels].sort().values, perm[-scheme.outlier_channels :].sort().values])
+    quantized, latent = _two_bits(w[:, perm], hessian[perm][:, perm], scheme, config, generator)
+    return replace(quantized, outliers=to_outliers(latent[:, -scheme.outlier_channels :], perm)), latent
+
+
+def _two_bits(w: Tensor, hessian: Tensor, scheme: SchemeConfig, config: PtqInitConfig, generator: torch.Generator) -> tuple[QuantizedWeight, Tensor]:
+    """All columns but the last `outlier_channels`."""
     curvature = hessian if config.error_compensation else None
     importance = hessian.diagonal().clamp_min(0) / hessian.diagonal().mean().clamp_min(1e-12)
     if config.fit_weight == "inverse_hessian" and curvature is not None:
@@ -181,7 +204,7 @@ def quantize_site(w: Tensor, hessian: Tensor, scheme: SchemeConfig, config: PtqI
 
 
 def _with_explicit_levels(w: Tensor, hessian: Tensor | None, importance: Tensor, scheme: SchemeConfig, config: PtqInitConfig) -> tuple[QuantizedWeight, Tensor]:
-    levels = torch.empty(w.shape[0], n_groups(w.shape[1], scheme.group_size), 4, device=w.device)
+    levels = torch.zeros(w.shape[0], n_groups(w.shape[1], scheme.group_size), 4, device=w.device)
 
     def choose(w: Tensor, columns: Tensor, group: int) -> Tensor:
         h = importance[columns]
@@ -194,7 +217,7 @@ def _with_explicit_levels(w: Tensor, hessian: Tensor | None, importance: Tensor,
         levels[:, group] = made
         return made
 
-    order = sweep_order(importance, scheme.group_size, config.heaviest_first)
+    order = sweep_order(importance[: w.shape[1] - scheme.outlier_channels], scheme.group_size, config.heaviest_first)
     codes, latent = quantize_columns(w, hessian, config.damping, order, choose)
     return from_real_levels(codes, levels, scheme.group_size), latent
 
@@ -207,21 +230,22 @@ def _with_codebook(
     Rows are brought to unit root mean square first, so that one table serves all of them; a row with a single huge weight is
     brought to a largest weight of `LARGEST` instead, so that it does not stretch the int8 grid of everybody's table.
     """
-    unit = torch.maximum(w.square().mean(1, keepdim=True).sqrt(), w.abs().amax(1, keepdim=True) / LARGEST).clamp_min(1e-12)
-    grouped = split_groups(w / unit, scheme.group_size)
-    weight = split_groups(importance[None], scheme.group_size) * unit[:, :, None].square() / unit.square().mean()
+    fitted = w[:, : w.shape[1] - scheme.outlier_channels]
+    unit = torch.maximum(fitted.square().mean(1, keepdim=True).sqrt(), fitted.abs().amax(1, keepdim=True) / LARGEST).clamp_min(1e-12)
+    grouped = split_groups(fitted / unit, scheme.group_size)
+    weight = split_groups(importance[None, : fitted.shape[1]], scheme.group_size) * unit[:, :, None].square() / unit.square().mean()
     flat, flat_weight = grouped.flatten(0, 1), weight.expand_as(grouped).flatten(0, 1)
     flat, flat_weight = _sample(flat, flat_weight, config.codebook_sample, generator)
     table = fit_codebook(flat, flat_weight, scheme.codebook_size, config.codebook_rounds, config.codebook_shortlist, generator, scheme.level_family == "affine")
     table, table_unit = _on_grid(table, flat[::2], flat_weight[::2], scheme.level_family)
-    group_codes = torch.empty(w.shape[0], grouped.shape[1], dtype=torch.uint8, device=w.device)
+    group_codes = torch.zeros(w.shape[0], n_groups(w.shape[1], scheme.group_size), dtype=torch.uint8, device=w.device)
 
     def choose(w: Tensor, columns: Tensor, group: int) -> Tensor:
         entry = choose_entries(w / unit, importance[columns], table, config.codebook_shortlist)
         group_codes[:, group] = entry.to(torch.uint8)
         return table[entry] * unit
 
-    order = sweep_order(importance, scheme.group_size, config.heaviest_first)
+    order = sweep_order(importance[: w.shape[1] - scheme.outlier_channels], scheme.group_size, config.heaviest_first)
     codes, latent = quantize_columns(w, hessian, config.damping, order, choose)
     row_scale = unit.squeeze(1) * table_unit
     return QuantizedWeight(codes, row_scale, scheme.group_size, group_codes=group_codes, codebook=(table / table_unit).round()), latent

@@ -5,9 +5,14 @@
 The student block sees what the quantized prefix gives it, the target is the teacher block's output on the teacher's own
 stream, so each block also repairs what the ones before it lost. What learns: latent weights (and with them the codes),
 levels or table entries and row scales; in the paper's parameterisation also the latent bitmap.
+
+`joint`: stages 2 and 3 as one. Activations and cache are quantized from the first step, clips and knees learn with everything else. The
+paper trains apart because this diverges; its evidence is one row.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from lbllm_core.config import SchemeConfig, WeightDistillConfig
 from lbllm_core.engine.block_sweep import BlockJob
@@ -15,6 +20,7 @@ from lbllm_core.engine.train_block import TrainingPlan, train_block
 from lbllm_core.model.linear import LearningRates
 from lbllm_core.model.student import BlockState
 from lbllm_core.model.student_block import Mode, build_block, read_state
+from lbllm_core.stages.act_quant import search_factors
 
 
 def learning_rates(config: WeightDistillConfig) -> LearningRates:
@@ -26,6 +32,8 @@ def learning_rates(config: WeightDistillConfig) -> LearningRates:
         levels=config.lr_levels * levels,
         row_scale=config.lr_levels * levels,
         bitmap=config.lr_bitmap * (config.trained == "all"),
+        clips=config.lr_clips * config.joint,
+        knees=config.lr_knees * config.joint,
     )
 
 
@@ -34,7 +42,9 @@ def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config
     mode: Mode = "nearest"
     if config.parameterization == "latent":
         mode = "latent_soft" if config.bitmap_start == "soft" else "latent_hard"
-    block = build_block(job.teacher_block, start, mode, family=scheme.level_family)
+    if config.joint and scheme.act_bits == 4:
+        start = replace(start, sites=search_factors(job, start, scheme))
+    block = build_block(job.teacher_block, start, mode, scheme.kv_bits if config.joint else 16, scheme.trained_family, config.pairing)
     plan = TrainingPlan(
         rates=learning_rates(config),
         epochs=config.epochs,

@@ -52,7 +52,7 @@ def test_every_file_is_explained_and_holds_only_known_keys(path: Path) -> None:
 
 ABLATIONS = [name for name in EXPERIMENTS if name.startswith("ablation_")]
 PUBLISHED = [name for name in EXPERIMENTS if name.startswith(("paper_", "control_")) and name != "paper_recipe"]
-AXES = ("stages", "stage4", "wat", "aar", "init", "act", "smoothing", "beta", "bitmap", "group", "levels", "data")
+AXES = ("stages", "stage4", "wat", "aar", "init", "act", "smoothing", "beta", "bitmap", "group", "levels", "data", "joint", "predecessor", "pairing", "snap")
 
 
 @functools.cache

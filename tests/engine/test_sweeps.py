@@ -11,6 +11,7 @@ from stage_bench import A16, CPU, Bench
 
 from lbllm_core.config import ActQuantConfig, EndToEndConfig, SchemeConfig, WeightDistillConfig
 from lbllm_core.engine.block_sweep import BlockJob, SweepPlan, relative_error
+from lbllm_core.engine.hidden_states import HiddenStates
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import silent
 from lbllm_core.engine.train_block import block_loss, cosine
@@ -139,7 +140,7 @@ def test_streams(bench, students):
     start = [load_block(students / "ptq_init", i, "none") for i in range(2)]
 
     def work(job):
-        seen.append(job)
+        seen.append(replace(job, inputs=job.inputs.copy(), target=job.target.copy()))
         return start[job.index], {}
 
     model = bench.teacher.model
@@ -147,13 +148,13 @@ def test_streams(bench, students):
     for shared, folder in ((False, "own"), (True, "shared")):
         seen.clear()
         bench.sweep(students / folder, work, SweepPlan("x", True, target_on_student_stream=shared))
-        assert torch.equal(seen[0].inputs, hidden[0])
-        assert torch.allclose(seen[0].target, hidden[1], atol=1e-5)
+        assert torch.equal(seen[0].inputs.whole(), hidden[0])
+        assert torch.allclose(seen[0].target.whole(), hidden[1], atol=1e-5)
         fixed = build_block(bench.decoder.blocks[0], start[0], "fixed")
         student = seen[0].run(fixed, hidden[0])
-        assert torch.allclose(seen[1].inputs, student, atol=1e-5)
-        source = student if shared else seen[0].target
-        assert torch.allclose(seen[1].target, seen[1].run(bench.decoder.blocks[1], source), atol=1e-4)
+        assert torch.allclose(seen[1].inputs.whole(), student, atol=1e-5)
+        source = student if shared else seen[0].target.whole()
+        assert torch.allclose(seen[1].target.whole(), seen[1].run(bench.decoder.blocks[1], source), atol=1e-4)
     figures = Ledger(students / "own").figures(0)["block_rel_mse"]
     expected = (student[:, 1:] - hidden[1][:, 1:]).square().sum() / hidden[1][:, 1:].square().sum()
     assert figures == pytest.approx(float(expected), rel=1e-3)
@@ -171,8 +172,9 @@ def explodes_in_block_1(students):
     def work(job):
         config = WeightDistillConfig(epochs=8, batch_size=2, lr_levels=1.0 if job.index else 1e-4, lr_weight=1e-4, grad_clip=0.0)
         if job.index == 1:
-            job = replace(job, target=job.target.clone())
-            job.target[0, 5] = math.nan
+            target = job.target.whole().clone()
+            target[0, 5] = math.nan
+            job = replace(job, target=HiddenStates.of(target))
         return distill_block(job, load_block(students / "ptq_init", job.index, "none"), A4, config, 0)
 
     return work
@@ -203,9 +205,9 @@ def test_inputs_that_are_not_finite(bench, students, tmp_path):
     from lbllm_core.config import PtqInitConfig
 
     def work(job):
-        inputs = job.inputs.clone()
+        inputs = job.inputs.whole().clone()
         inputs[0, 3, 0] = math.inf
-        return quantize_block(replace(job, inputs=inputs) if job.index else job, A16, PtqInitConfig(), 0)
+        return quantize_block(replace(job, inputs=HiddenStates.of(inputs)) if job.index else job, A16, PtqInitConfig(), 0)
 
     with pytest.raises(NumericalError, match=r"block 1: the inputs of `qkv` are not finite; try"):
         bench.sweep(tmp_path, work, SweepPlan("ptq_init", False))
@@ -293,7 +295,7 @@ def test_small_formulas():
     a, b = torch.zeros(2, 4, 3), torch.ones(2, 4, 3)
     b[:, 0] = 1e6  # first tokens do not count
     assert float(block_loss(a, b, 2.0)) == pytest.approx(0.5)
-    assert relative_error(a, b) == pytest.approx(1.0)
+    assert relative_error(HiddenStates.of(a), HiddenStates.of(b)) == pytest.approx(1.0)
 
 
 def test_a_sweep_needs_no_target(bench, tmp_path, students):

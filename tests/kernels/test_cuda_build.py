@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from lbllm_kernels import build, build_cuda, cuda, cuda_ops
+from lbllm_kernels import build, build_cuda, cuda, ops
 from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.build import PACKAGE, BuildError
 from lbllm_kernels.synthetic import random_packed
@@ -121,10 +121,10 @@ def test_the_operator_knows_shapes_without_running():
     with FakeTensorMode():
         x = torch.empty(2, 5, 64, dtype=torch.float16)
         empty = torch.empty(1)
-        y = torch.ops.lbllm.lut8_linear_cuda(x, empty, empty, None, None, empty, empty, None, 40, 32, "uniform", [1.0, 1.0, 0.25, 0.25])
+        y = torch.ops.lbllm.lut8_linear(x, [empty, empty, None, None, empty, empty, None], "cuda", 40, 32, "uniform", [1.0, 1.0, 0.25, 0.25])
     assert y.shape == (2, 5, 40)
     assert y.dtype == torch.float16
-    assert cuda_ops.lut8_linear_cuda is not None
+    assert ops.lut8_linear is not None
 
 
 @pytest.mark.skipif(GPU_REASON is not None, reason=GPU_REASON or "")

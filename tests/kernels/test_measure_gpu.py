@@ -60,9 +60,10 @@ def test_parts_become_the_files_of_results(script, tmp_path):
     for section, records in (("decode", [rate, base]), ("peers", [rate, base, peer]), ("model", [model])):
         (tmp_path / f"part_{section}.json").write_text(json.dumps({"schema": 1, "command": section, "commit": "c", "records": records}))
     script.merge(tmp_path, ["--minutes", "9"], "exact")
-    kernels, models = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kernels", "models"))
-    assert kernels["records"] == [rate, base, peer]
+    kernels, models, peers = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kernels", "models", "peers"))
+    assert kernels["records"] == [rate, base]
+    assert peers["records"] == [rate, base, peer]
     assert models["records"] == [model]
     assert kernels["command"] == "python kernels/measure_gpu.py --minutes 9"
     assert kernels["correctness"] == "exact"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "models.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "models.json", "peers.json"]

@@ -55,10 +55,18 @@ def test_linear_with_outlier_channels():
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2)).to(torch.int32)
     tail = torch.randint(-127, 128, (7, 6), generator=torch.Generator().manual_seed(5), dtype=torch.int8)
     packed = dataclasses.replace(packed, perm=order, outlier_weight=tail, outlier_scale=torch.full((7,), 0.02))
-    factors = ActFactors("uniform")
+    factors = ActFactors("planes", 0.9, planes=(3, 9, 40, 60))
     x = torch.randn(4, 40, generator=torch.Generator().manual_seed(4))
-    expected = dequantize_activations(*quantize_activations(x, factors)).double() @ dequantize(packed).double().T
+    x[:, order[-6:].long()] *= 1000  # they must not widen the range of the others
+    x[3] = 0
+    plain, outliers = order[:-6].long(), order[-6:].long()
+    hat = torch.zeros(4, 40, dtype=torch.float64)
+    hat[:, plain] = dequantize_activations(*quantize_activations(x[:, plain], factors)).double()
+    scale = (x[:, outliers].abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+    hat[:, outliers] = (torch.round(x[:, outliers] / scale) * scale).double()
+    expected = hat @ dequantize(packed).double().T
     assert (reference.linear(x, packed, factors).double() - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(reference.linear(x, packed, factors), reference.linear(x, packed, factors, expanded=reference.ReferenceWeight(packed)))
 
 
 def test_an_empty_batch_is_an_empty_answer():

@@ -28,14 +28,14 @@ ROOM = Limits(10**13, 10**13, 0, 0, 10**13)
 
 @pytest.fixture(scope="module")
 def seven_b() -> Shapes:
-    return inspect._of_architecture(SEVEN_B, 0)
+    return inspect.architecture_shapes(SEVEN_B, 0)
 
 
 def test_shapes_are_counted(seven_b: Shapes) -> None:
     assert seven_b.parameters == 6_738_415_616  # LLaMA-2-7B
     assert seven_b.linears == 4 * 4096 * 4096 + 3 * 4096 * 11008
     assert (seven_b.blocks, seven_b.heads, seven_b.kv_heads, seven_b.head_dim) == (32, 32, 32, 128)
-    qwen = inspect._of_architecture(Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=100), 2)
+    qwen = inspect.architecture_shapes(Qwen2Config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=100), 2)
     assert (qwen.blocks, qwen.kv_heads, qwen.head_dim) == (2, 2, 16)
 
 
@@ -45,7 +45,7 @@ def test_a_gguf_header_gives_the_same_shapes_as_the_converted_model(models_home:
     config = compose(["experiment=smoke"]).model
     header = inspect_model(config, models_home)
     teacher = load_teacher(config, models_home).model
-    folder = inspect._of_architecture(teacher.config, 0)
+    folder = inspect.architecture_shapes(teacher.config, 0)
     same = {name: getattr(folder, name) for name in ("blocks", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocabulary", "linears", "parameters")}
     assert {name: getattr(header, name) for name in same} == same
     assert header.converted

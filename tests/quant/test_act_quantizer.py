@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lbllm_kernels.activation import ActFactors, dequantize_activations, piecewise_values, quantize_activations
+from lbllm_kernels.activation import (
+    POWERS_OF_TWO,
+    ActFactors,
+    dequantize_activations,
+    piecewise_values,
+    plane_values,
+    quantize_activations,
+    quantize_outliers,
+)
 
-from lbllm_core.quant.activation import ActQuantizer, _codes, code_positions, fake_quantize, knee_slopes
+from lbllm_core.quant.activation import ActQuantizer, _codes, code_positions, fake_quantize, fit_planes, knee_slopes
 
 SHARES = st.floats(0.05, 1.5)
 KNEES = st.floats(0.02, 0.98)
@@ -100,7 +110,8 @@ def test_piecewise_serves_tokens_with_outliers_better():
 
 
 def loss_of(x, variant, values):
-    return (fake_quantize(x, variant, *values) - x).square().sum(-1).mean()
+    table = torch.tensor(plane_values(POWERS_OF_TWO)).float() if variant == "planes" else None
+    return (fake_quantize(x, variant, *values, table=table) - x).square().sum(-1).mean()
 
 
 def slopes(x, variant, at, which, step):
@@ -160,6 +171,74 @@ def test_per_group_is_uniform_on_each_run_of_channels(channels):
     plain = ActQuantizer(ActFactors("uniform", 0.9, 0.8))
     for first in range(0, channels, 32):
         assert torch.equal(made[..., first : first + 32], plain(x[..., first : first + 32]))
+
+
+PLANES = st.lists(st.integers(1, 31), min_size=4, max_size=4).map(lambda p: tuple(sorted(p)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(PLANES, SHARES, SHARES, st.integers(1, 48), st.integers(0, 10_000))
+def test_planes_are_the_kernels_to_the_bit(planes, clip_max, clip_min, channels, seed):
+    factors = ActFactors("planes", clip_max, clip_min, planes=planes)
+    x = tokens(40, channels, seed)
+    quantizer = ActQuantizer(factors)
+    assert torch.equal(quantizer(x), dequantize_activations(*quantize_activations(x, quantizer.factors())))
+    assert quantizer.factors().planes == planes
+
+
+def plane_error(x, planes, clip=1.0):
+    return float((ActQuantizer(ActFactors("planes", clip, clip, planes=planes))(x) - x).detach().square().sum())
+
+
+@pytest.mark.parametrize("outlier", [1, 6])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_fitted_planes_against_a_search_of_all(outlier, mirrored):
+    """A coarse grid can be searched in full. Mirrored tokens have one zero point, so a dense core pays; else planes stay near powers of two."""
+    x = torch.randn(30, 32, generator=torch.Generator().manual_seed(11))
+    x[:, :2] *= outlier
+    x = torch.cat([x, -x], dim=1) if mirrored else x
+    every = [p for p in itertools.combinations_with_replacement(range(3, 75, 6), 4) if 100 <= sum(p) <= 127]
+    best = min(plane_error(x, p) for p in every)
+    found = plane_error(x, fit_planes(x, 1.0))
+    assert found <= 1.02 * best
+    assert found < plane_error(x, POWERS_OF_TWO) * (0.6 if mirrored and outlier > 1 else 0.99)
+
+
+def test_planes_of_even_values_stay_powers_of_two():
+    x = torch.rand(50, 200, generator=torch.Generator().manual_seed(12))
+    assert plane_error(x, fit_planes(x, 1.0)) <= plane_error(x, POWERS_OF_TWO)
+    assert max(abs(a - b) for a, b in zip(fit_planes(x, 1.0), POWERS_OF_TWO, strict=True)) <= 4
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 8), torch.full((3, 8), 2.0), -torch.ones(1, 1)])
+def test_planes_of_degenerate_tokens(x):
+    ActFactors("planes", planes=fit_planes(x, 0.7))  # a legal value
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradient_to_clips_with_planes(which):
+    x = torch.randn(6000, 64, generator=torch.Generator().manual_seed(6))
+    at = [0.9, 0.9, 0.4, 0.4]
+    at[which] = 0.4
+    analytic, numeric = slopes(x, "planes", at, which, 0.02)
+    assert analytic == pytest.approx(numeric, rel=0.15)
+    assert numeric < 0
+
+
+def test_outlier_channels_have_codes_of_their_own():
+    x = torch.randn(4, 10, 32, generator=torch.Generator().manual_seed(13))
+    outliers = torch.tensor([3, 17])
+    x[..., outliers] *= 100
+    factors = ActFactors("planes")
+    made = ActQuantizer(factors, outliers)(x.requires_grad_())
+    rest = [c for c in range(32) if c not in (3, 17)]
+    assert torch.equal(made[..., rest], ActQuantizer(factors)(x[..., rest]))
+    q, scale = quantize_outliers(x.detach()[..., outliers].reshape(40, 2))
+    assert torch.equal(made[..., outliers], (q * scale).reshape(4, 10, 2))
+    assert float((made - x).detach().square().sum()) < 0.01 * float((ActQuantizer(factors)(x) - x).detach().square().sum())
+    (grad,) = torch.autograd.grad(made[..., outliers].sum(), x)
+    assert torch.equal(grad[..., outliers], torch.ones(4, 10, 2))
+    assert ActQuantizer(ActFactors("none"), outliers)(x) is x
 
 
 def test_off_is_off():

@@ -99,3 +99,16 @@ def test_plots_are_png_and_stable(tmp_path):
     assert first[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     curve = plots.curves({"stage 1": [(0, 0.1), (1, 0.01)], "stage 2": [(0, 0.0), (1, 0.02)]}, tmp_path / "c.png", "error", "block", "block_rel_mse")
     assert curve.stat().st_size > 1000
+
+
+def test_the_table_of_other_libraries_has_a_line_a_shape_and_a_column_a_library():
+    from lbllm_core.report.kernel_tables import peers_table
+
+    def row(op, m, value, **more):
+        return {"name": "kernel_us", "op": op, "n": 64, "k": 32, "m": m, "value": value, **more}
+
+    records = [row("cublas_fp16", 1, 20.0), row("gemlite_a16w2", 1, 10.0, speedup=2.0), row("cublas_fp16", 16, 30.0), {"name": "copy_gb_s", "value": 1.0}]
+    lines = peers_table(records).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["N x K", "M", "cuBLAS fp16", "GemLite A16W2"]
+    assert "10 us, 2.00x" in lines[2]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["64 x 32", "16", "30 us", ""]

@@ -123,3 +123,40 @@ def test_a_few_giants_do_not_spoil_the_rest():
     others[[5, 40]] = False
     errors = [float((m[others] - w[others]).square().sum()) for m in (dequantize(clean), made)]
     assert errors[1] < 1.5 * errors[0]
+
+
+def outlier_case(scheme, columns=150):
+    w, h = weights(columns=columns), uneven(columns)
+    wanted = torch.tensor([5, 60, columns - 1])
+    h[wanted] = h.max() * torch.tensor([2.0, 3.0, 4.0])
+    return w, h, wanted, replace(scheme, outlier_channels=3)
+
+
+@pytest.mark.parametrize("scheme", [EXPLICIT, TABLE], ids=["explicit", "codebook"])
+@pytest.mark.parametrize("config", [PLAIN, PtqInitConfig()], ids=["plain", "compensated"])
+def test_outlier_channels_are_the_loudest_and_almost_exact(scheme, config):
+    w, h, wanted, apart = outlier_case(scheme)
+    q, latent = made_of(w, torch.diag(h), apart, config)
+    assert q.outliers.channels.tolist() == wanted.tolist()
+    assert sorted(q.outliers.perm.tolist()) == list(range(150))
+    made = dequantize(q)
+    assert made.shape == w.shape
+    assert float((made - w)[:, wanted].abs().max()) < 0.01 * float(w.abs().max())
+    assert torch.equal(made, q.outliers.placed(dequantize(replace(q, outliers=None))))
+    assert int(q.codes[:, -3:].max()) == 0
+    assert latent.shape == w.shape
+    plain, _ = made_of(w, torch.diag(h), scheme, config)
+    assert cost(w, q, h) < 0.7 * cost(w, plain, h)
+
+
+def test_outlier_columns_take_up_the_errors_of_the_others():
+    """With correlated inputs the INT8 columns move away from their weights, and the output gains."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 8, generator=g) @ torch.randn(8, 96, generator=g) + 0.2 * torch.randn(400, 96, generator=g)
+    x[:, 10] *= 3
+    w, apart = weights(columns=96), replace(EXPLICIT, outlier_channels=1)
+    hessian = x.T @ x
+    compensated, plain = (dequantize(made_of(w, hessian, apart, c)[0]) for c in (PtqInitConfig(), PLAIN))
+    errors = [float(((w - made) @ x.T).square().sum()) for made in (compensated, plain)]
+    assert errors[0] < 0.7 * errors[1]
+    assert float((compensated - w)[:, 10].abs().max()) > 10 * float((plain - w)[:, 10].abs().max())

@@ -9,6 +9,7 @@ import torch
 
 from lbllm_core.engine.block_sweep import BlockJob
 from lbllm_core.engine.hardware import Hardware
+from lbllm_core.engine.hidden_states import HiddenStates
 from lbllm_core.model.blocks import NORMS, SITES, Decoder, linears_of, linears_of_site
 from lbllm_core.model.smoothing import scales, share_over_heads, smooth
 from lbllm_core.stages.ptq_init import collect_statistics
@@ -23,7 +24,7 @@ def job_of(model, index=1, tokens=24, seed=0):
     hidden[..., 3] *= 15
     hidden[..., 7] += 9
     view = Decoder(model)
-    return BlockJob(index, view.blocks[index], hidden, None, view, view.surroundings(hidden[:1]), CPU)
+    return BlockJob(index, view.blocks[index], HiddenStates.of(hidden), None, view, view.surroundings(hidden[:1]), CPU)
 
 
 def values(block):
@@ -51,8 +52,8 @@ def smoothed_block(job, exponent):
 def test_block_computes_the_same(make_model, family, exponent):
     job = job_of(make_model(family))
     made, _ = smoothed_block(job, exponent)
-    before, after = job.run(job.teacher_block, job.inputs), job.run(made, job.inputs)
-    change = (before - job.inputs).square().mean().sqrt()  # what the block adds to its inputs
+    before, after = (job.run(block, job.inputs.whole()) for block in (job.teacher_block, made))
+    change = (before - job.inputs.whole()).square().mean().sqrt()  # what the block adds to its inputs
     assert float((after - before).abs().max()) < 2e-5 * float(before.abs().max())
     assert float((after - before).square().mean().sqrt()) < 1e-5 * float(change)
     moved = [float((a.weight - b.weight).abs().max()) for a, b in zip(linears_of(made).values(), linears_of(job.teacher_block).values(), strict=True)]
@@ -75,7 +76,7 @@ def test_statistics_are_those_of_the_smoothed_block(make_model, family):
 def test_statistics_are_sums_over_all_inputs(make_model):
     """Batches and hooks against the plain definition at the site before q, k and v."""
     job = job_of(make_model("llama"))
-    x = job.teacher_block.input_layernorm(job.inputs).flatten(0, 1).double()
+    x = job.teacher_block.input_layernorm(job.inputs.whole()).flatten(0, 1).double()
     found = collect_statistics(job)["qkv"]
     assert torch.allclose(found.hessian.double(), x.T @ x, rtol=1e-4, atol=1e-3)
     assert torch.allclose(found.largest.double(), x.abs().amax(0), rtol=1e-5)

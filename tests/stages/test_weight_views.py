@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -123,15 +124,49 @@ def test_latent_weights_take_new_codes():
 
 @pytest.mark.parametrize(("out", "columns", "size"), SHAPES)
 @pytest.mark.parametrize("soft", [True, False])
-def test_bitmap_view_computes_what_it_stores(out, columns, size, soft):
+@pytest.mark.parametrize("pairing", ["low_high", "outer_inner"])
+def test_bitmap_view_computes_what_it_stores(out, columns, size, soft, pairing):
     w = latent_of(out, columns)
     q = explicit(w, size)
-    view = LatentBitmapWeight(q, w, soft)
+    view = LatentBitmapWeight(q, w, soft, pairing)
     assert torch.allclose(view(), dequantize(q), atol=1e-6)  # starts as the nearest-level weight
     disturb(view, 0.3)
     view.constrain()
     assert torch.allclose(dequantize(view.quantized()), view(), atol=1e-6)
     assert bool((group_levels(view.quantized()).diff(dim=-1) >= 0).all())
+
+
+def test_pairing_decides_what_a_bit_can_flip():
+    """Flipping every bitmap bit moves a weight to the other pair: past its neighbour, or, nearly always, to its neighbour inside or outside."""
+    w = latent_of(12, 64)
+    reached = {}
+    for pairing in ("low_high", "outer_inner"):
+        view = LatentBitmapWeight(explicit(w, 16), w, False, pairing)
+        before = view.quantized().codes.long()
+        with torch.no_grad():
+            view.bitmap.copy_(1 - view.bitmap)
+        reached[pairing] = list(zip(before.flatten().tolist(), view.quantized().codes.flatten().tolist(), strict=True))
+    assert set(reached["low_high"]) == {(0, 2), (1, 2), (2, 1), (3, 1)}
+    assert {(0, 1), (1, 0), (2, 3), (3, 2)} <= set(reached["outer_inner"]) <= {(a, b) for a, b in itertools.product(range(4), repeat=2) if (a in (0, 3)) != (b in (0, 3))}
+    assert sum(abs(a - b) == 1 for a, b in reached["outer_inner"]) > 0.9 * len(reached["outer_inner"])
+
+
+@pytest.mark.parametrize("mode", ["explicit", "codebook"])
+@pytest.mark.parametrize("kind", ["nearest", "frozen"])
+def test_levels_off_the_grid_while_they_train(kind, mode):
+    """`real`: what is stored is what was trained, unrounded; packing it is one snap."""
+    w = latent_of(10, 64)
+    _, q = view_of(kind, w, 16, mode)
+    table = None if q.codebook is None else torch.nn.Parameter(q.codebook / GRID)
+    view = NearestWeight(q, w, table, "real") if kind == "nearest" else FrozenWeight(q, table, "real")
+    disturb(view, 0.02)
+    stored = view.quantized()
+    assert torch.equal(dequantize(stored), view())
+    assert float((group_levels(stored) - group_levels(snap(stored))).abs().max()) > 0.1
+    assert float(group_levels(stored).abs().max()) <= GRID
+    (view() * torch.randn(10, 64, generator=torch.Generator().manual_seed(1))).sum().backward()
+    holder = view.store.levels if table is None else table
+    assert float(holder.grad.abs().max()) > 0
 
 
 def test_bitmap_gradients():

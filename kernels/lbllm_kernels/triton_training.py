@@ -1,0 +1,407 @@
+"""Training one large block on a GPU: everything between the matrix products, in as few passes over memory as it takes.
+
+**Problem.** A step of a LLaMA-2-7B block on 4096 tokens is 5e12 operations, 7 ms of products at the rate that cuBLAS reaches, and 202
+million latent weights, each read and written by what is *not* a product: fake quantization, gradients of levels, AdamW, norms. Written
+in plain tensor operations these take longer than the products.
+
+**Passes a weight** (bytes; nearest-level codes; a bitmap adds the same for itself):
+
+    quantized_weight   latent 4, made weight 2                          once a step, whatever the number of micro-batches
+    gradient_sums      gradient 2, latent 4                             sums a level of each group, and squares for the norm
+    fake_quantized     a channel and token: in 2, out 2; backward in 4, out 2
+    adamw_             gradient 2, latent 8, two moments 16             the gradient of a made weight IS the latent weight's (straight-through)
+
+38 bytes x 202 M = 7.7 GB, 3 ms at 2.5 TB/s. Gradients of weights stay in bf16, as the product wrote them; masters and moments are float32.
+
+**Layout.** When G divides `in`, a weight `(out, in)` is a table `(out * n_groups, G)` and levels are `(out * n_groups, 4)`: every kernel
+works on a tile of whole groups. Norms, rotary embedding and the gate work on a token at a time, hidden states in float32, what enters a
+product in bf16.
+
+**Trade-off.** Only where G is a power of two that divides `in`; elsewhere plain tensor operations do it. Not bit-equal to those
+(sums in another order): results on a GPU were never bit-reproducible between devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from lbllm_kernels.activation import SMALLEST_SCALE
+from lbllm_kernels.triton_matmul import _piecewise_value, _rint
+
+NEAREST, CODES, BITMAP = 0, 1, 2
+TILE = 2048  # weights a program
+MOST_COLUMNS = 65536
+
+
+def usable(device: torch.device) -> bool:
+    """Whether these kernels can run on tensors of a device."""
+    return device.type == "cuda" or (device.type == "cpu" and bool(knobs.runtime.interpret))
+
+
+def fits(columns: int, group_size: int) -> bool:
+    """Whether a weight with so many input channels is a table of whole groups."""
+    return columns % group_size == 0 and group_size & (group_size - 1) == 0 and 4 <= group_size <= 1024
+
+
+@triton.jit
+def _levels(levels, group, inside):
+    a = tl.load(levels + group * 4, mask=inside, other=0.0)[:, None]
+    b = tl.load(levels + group * 4 + 1, mask=inside, other=0.0)[:, None]
+    c = tl.load(levels + group * 4 + 2, mask=inside, other=0.0)[:, None]
+    d = tl.load(levels + group * 4 + 3, mask=inside, other=0.0)[:, None]
+    return a, b, c, d
+
+
+@triton.jit
+def _code(source, bitmap, at, inside, a, b, c, d, MODE: tl.constexpr):
+    """The code 0..3 of each weight; `2 s + b` where there is a bitmap."""
+    if MODE == 1:
+        code = tl.load(source + at, mask=inside, other=0).to(tl.int32)
+    else:
+        w = tl.load(source + at, mask=inside, other=0.0)
+        low = (w > (a + b) * 0.5).to(tl.int32)
+        high = 2 + (w > (c + d) * 0.5).to(tl.int32)
+        if MODE == 0:
+            code = tl.where(w > (b + c) * 0.5, high, low)
+        else:
+            code = tl.where(tl.load(bitmap + at, mask=inside, other=0.0) > 0.5, high, low)
+    return code
+
+
+@triton.jit
+def _pair_difference(source, at, inside, a, b, c, d):
+    """What the bitmap bit decides between: value under s = 1 minus value under s = 0."""
+    w = tl.load(source + at, mask=inside, other=0.0)
+    return tl.where(w > (c + d) * 0.5, d, c) - tl.where(w > (a + b) * 0.5, b, a)
+
+
+@triton.jit
+def _polarizing(bitmap_value, beta, weight):
+    """Derivative of `weight * (1 - |2 G - 1|^beta)`."""
+    t = 2.0 * bitmap_value - 1.0
+    size = tl.abs(t)
+    power = tl.where(size > 0.0, tl.exp2((beta - 1.0) * tl.log2(tl.maximum(size, 1e-30))), 0.0)
+    return tl.where(t < 0.0, 2.0, -2.0) * weight * beta * power
+
+
+@triton.jit
+def _quantized_weight(source, bitmap, levels, out, groups, G: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = group < groups
+    at = group[:, None] * G + tl.arange(0, G)[None, :]
+    inside = here[:, None] & (tl.arange(0, G)[None, :] < G)
+    a, b, c, d = _levels(levels, group, here)
+    code = _code(source, bitmap, at, inside, a, b, c, d, MODE)
+    value = tl.where(code < 2, tl.where(code == 0, a, b), tl.where(code == 2, c, d))
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gradient_sums(grad, source, bitmap, levels, sums, squares, beta_at, weight, groups, G: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr, POLARIZE: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = group < groups
+    at = group[:, None] * G + tl.arange(0, G)[None, :]
+    inside = here[:, None] & (tl.arange(0, G)[None, :] < G)
+    a, b, c, d = _levels(levels, group, here)
+    code = _code(source, bitmap, at, inside, a, b, c, d, MODE)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(4):
+        tl.store(sums + group * 4 + k, tl.sum(tl.where(code == k, g, 0.0), axis=1), mask=here)
+    square = g * g
+    if MODE == 2:
+        to_bitmap = g * _pair_difference(source, at, inside, a, b, c, d)
+        if POLARIZE:
+            to_bitmap += _polarizing(tl.load(bitmap + at, mask=inside, other=0.0), tl.load(beta_at), weight)
+        square += tl.where(inside, to_bitmap * to_bitmap, 0.0)
+    tl.store(squares + group, tl.sum(square, axis=1), mask=here)
+
+
+@triton.jit
+def _adam(value, first, second, g, rate, correction1, correction2, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
+    first = BETA1 * first + (1.0 - BETA1) * g
+    second = BETA2 * second + (1.0 - BETA2) * g * g
+    return value - rate / correction1 * first / (tl.sqrt(second) / correction2 + EPS), first, second
+
+
+@triton.jit
+def _adamw(
+    grad, latent, m, v, bitmap, m_bitmap, v_bitmap, levels, factor_at, beta_at, weight, rate, rate_bitmap, correction1, correction2, groups,
+    G: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr, POLARIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    here = group < groups
+    at = group[:, None] * G + tl.arange(0, G)[None, :]
+    inside = here[:, None] & (tl.arange(0, G)[None, :] < G)
+    factor = tl.load(factor_at)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(latent + at, mask=inside, other=0.0)
+    if MODE == 2:
+        a, b, c, d = _levels(levels, group, here)
+        to_bitmap = g * (tl.where(w > (c + d) * 0.5, d, c) - tl.where(w > (a + b) * 0.5, b, a))
+        bits = tl.load(bitmap + at, mask=inside, other=0.0)
+        if POLARIZE:
+            to_bitmap += _polarizing(bits, tl.load(beta_at), weight)
+        first, second = tl.load(m_bitmap + at, mask=inside, other=0.0), tl.load(v_bitmap + at, mask=inside, other=0.0)
+        bits, first, second = _adam(bits, first, second, to_bitmap * factor, rate_bitmap, correction1, correction2, BETA1, BETA2, EPS)
+        tl.store(bitmap + at, tl.minimum(tl.maximum(bits, 0.0), 1.0), mask=inside)
+        tl.store(m_bitmap + at, first, mask=inside)
+        tl.store(v_bitmap + at, second, mask=inside)
+    first, second = tl.load(m + at, mask=inside, other=0.0), tl.load(v + at, mask=inside, other=0.0)
+    w, first, second = _adam(w, first, second, g * factor, rate, correction1, correction2, BETA1, BETA2, EPS)
+    tl.store(latent + at, w, mask=inside)
+    tl.store(m + at, first, mask=inside)
+    tl.store(v + at, second, mask=inside)
+
+
+def _tiles(levels: Tensor, group_size: int) -> tuple[int, int, tuple[int]]:
+    """Groups in all, groups a program, and the grid."""
+    groups = levels.numel() // 4
+    rows = max(1, TILE // group_size)
+    return groups, rows, (triton.cdiv(groups, rows),)
+
+
+def quantized_weight(source: Tensor, bitmap: Tensor | None, levels: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The weight that is used: source `(out, in)` latent float32 or codes uint8, bitmap like it, levels `(out, n_groups, 4)` -> `(out, in)`."""
+    mode = CODES if source.dtype == torch.uint8 else BITMAP if bitmap is not None else NEAREST
+    made = torch.empty(source.shape, dtype=dtype, device=source.device)
+    groups, rows, grid = _tiles(levels, group_size)
+    _quantized_weight[grid](source, source if bitmap is None else bitmap, levels, made, groups, G=group_size, ROWS=rows, MODE=mode)
+    return made
+
+
+def gradient_sums(
+    grad: Tensor, source: Tensor, bitmap: Tensor | None, levels: Tensor, group_size: int, beta: Tensor | None = None, weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """From the gradient of the used weight `(out, in)`: that of the levels, like `levels`, and the squared norm `()` of those of latent and bitmap."""
+    mode = CODES if source.dtype == torch.uint8 else BITMAP if bitmap is not None else NEAREST
+    groups, rows, grid = _tiles(levels, group_size)
+    sums, squares = torch.empty_like(levels), torch.empty(groups, device=levels.device)
+    _gradient_sums[grid](
+        grad, source, source if bitmap is None else bitmap, levels, sums, squares, levels if beta is None else beta, weight, groups,
+        G=group_size, ROWS=rows, MODE=mode, POLARIZE=beta is not None,
+    )  # fmt: skip
+    return sums, squares.sum()
+
+
+def adamw_(
+    grad: Tensor, latent: Tensor, moments: tuple[Tensor, Tensor], levels: Tensor, group_size: int, factor: Tensor, rates: tuple[float, float], step: int,
+    betas: tuple[float, float], eps: float, bitmap: Tensor | None = None, bitmap_moments: tuple[Tensor, Tensor] | None = None,
+    beta: Tensor | None = None, weight: float = 0.0,
+) -> None:  # fmt: skip
+    """One AdamW step of a latent weight and its bitmap, in place. `levels`: those that the step computed with; `factor ()`: of gradient clipping; `step` from 1."""
+    groups, rows, grid = _tiles(levels, group_size)
+    m, v = moments
+    m_bitmap, v_bitmap = bitmap_moments or moments
+    _adamw[grid](
+        grad, latent, m, v, latent if bitmap is None else bitmap, m_bitmap, v_bitmap, levels, factor, factor if beta is None else beta, weight, *rates,
+        1.0 - betas[0] ** step, (1.0 - betas[1] ** step) ** 0.5, groups,
+        G=group_size, ROWS=rows, MODE=NEAREST if bitmap is None else BITMAP, POLARIZE=beta is not None, BETA1=betas[0], BETA2=betas[1], EPS=eps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_forward(x, delta, weight, summed, out, inverse, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    value = tl.load(x + row * WIDTH + at, mask=inside, other=0.0)
+    if ADD:
+        value += tl.load(delta + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(summed + row * WIDTH + at, value, mask=inside)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    tl.store(out + row * WIDTH + at, (w * (value * scale)).to(out.dtype.element_ty), mask=inside)
+    tl.store(inverse + row, scale)
+
+
+@triton.jit
+def _norm_backward(x, weight, inverse, grad, grad_sum, to_x, to_delta, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    value = tl.load(x + row * WIDTH + at, mask=inside, other=0.0)
+    scale = tl.load(inverse + row)
+    g = tl.load(grad + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + at, mask=inside, other=0.0)
+    made = scale * g - value * (scale * scale * scale * tl.sum(g * value, axis=0) / WIDTH)
+    if ADD:
+        made += tl.load(grad_sum + row * WIDTH + at, mask=inside, other=0.0)
+        tl.store(to_delta + row * WIDTH + at, made.to(to_delta.dtype.element_ty), mask=inside)
+    tl.store(to_x + row * WIDTH + at, made, mask=inside)
+
+
+def _warps(block: int) -> int:
+    return 4 if block <= 1024 else 8 if block <= 4096 else 16
+
+
+def norm_forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """RMS norm of `x + delta`: x `(..., width)` float32, delta in `dtype` -> the sum (x itself without delta), the norm in `dtype`, 1 / rms `(...)`."""
+    width = x.shape[-1]
+    block = triton.next_power_of_2(width)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    inverse = torch.empty(x.shape[:-1], device=x.device)
+    summed = x if delta is None else torch.empty_like(x)
+    _norm_forward[(x.numel() // width,)](x, x if delta is None else delta, weight, summed, out, inverse, eps, WIDTH=width, BLOCK=block, ADD=delta is not None, num_warps=_warps(block))
+    return summed, out, inverse
+
+
+def norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor, grad_sum: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x (float32) and, when the norm had added something, of that (the type of `grad`); `grad_sum`: what arrives at the sum itself."""
+    width = x.shape[-1]
+    block = triton.next_power_of_2(width)
+    to_x = torch.empty_like(x)
+    to_delta = None if grad_sum is None else torch.empty_like(grad)
+    _norm_backward[(x.numel() // width,)](
+        x, weight, inverse, grad, x if grad_sum is None else grad_sum, to_x, to_x if to_delta is None else to_delta,
+        WIDTH=width, BLOCK=block, ADD=grad_sum is not None, num_warps=_warps(block),
+    )  # fmt: skip
+    return to_x, to_delta
+
+
+@triton.jit
+def _rotated(x, cos, sin, out, tokens, sign, HEADS: tl.constexpr, HALF: tl.constexpr, ROUND_HEADS: tl.constexpr, ROUND_HALF: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    head, at = tl.arange(0, ROUND_HEADS)[:, None], tl.arange(0, ROUND_HALF)[None, :]
+    inside = (head < HEADS) & (at < HALF)
+    place = row * HEADS * 2 * HALF + head * 2 * HALF + at
+    angle = (row % tokens) * 2 * HALF + at
+    c = tl.load(cos + angle, mask=at < HALF, other=0.0)
+    s = tl.load(sin + angle, mask=at < HALF, other=0.0) * sign
+    first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """Rotary embedding of heads: x `(batch, tokens, heads, head_dim)`, cos and sin `(tokens, head_dim)` float32 with equal halves; `back` is the inverse, and the gradient."""
+    batch, tokens, heads, size = x.shape
+    out = torch.empty_like(x)
+    half = size // 2
+    _rotated[(batch * tokens,)](
+        x, cos, sin, out, tokens, -1.0 if back else 1.0, HEADS=heads, HALF=half, ROUND_HEADS=triton.next_power_of_2(heads), ROUND_HALF=triton.next_power_of_2(half)
+    )
+    return out
+
+
+@triton.jit
+def _gate_forward(gate, up, out, total, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_backward(gate, up, grad, to_gate, to_up, total, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    s = 1.0 / (1.0 + tl.exp(-g))
+    tl.store(to_gate + at, (d * u * s * (1.0 + g * (1.0 - s))).to(to_gate.dtype.element_ty), mask=inside)
+    tl.store(to_up + at, (d * g * s).to(to_up.dtype.element_ty), mask=inside)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`."""
+    out = torch.empty_like(gate)
+    _gate_forward[(triton.cdiv(gate.numel(), TILE),)](gate, up, out, gate.numel(), BLOCK=TILE)
+    return out
+
+
+def gated_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    made: tuple[Any, Any] = (torch.empty_like(gate), torch.empty_like(up))
+    _gate_backward[(triton.cdiv(gate.numel(), TILE),)](gate, up, grad, *made, gate.numel(), BLOCK=TILE)
+    return made
+
+
+@triton.jit
+def _fake_quantized(x, out, about, clip_max_at, clip_min_at, knee_low_at, knee_high_at, smallest, channels, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < channels
+    v = tl.load(x + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+    high, low = tl.maximum(tl.max(v, 0), 0.0), tl.minimum(tl.min(v, 0), 0.0)
+    low_part = tl.load(clip_min_at) * low
+    s = tl.math.div_rn(tl.load(clip_max_at) * high - low_part, TOP * 1.0)
+    s = tl.where(s < smallest, 1.0, s)
+    z = tl.minimum(tl.maximum(_rint(tl.math.div_rn(-low_part, s)), 0.0), TOP * 1.0)
+    steps = tl.math.div_rn(v, s)
+    if TOP == 15:
+        q = tl.minimum(tl.maximum(_rint(steps) + z, 0.0), 15.0)
+    else:
+        a, b = _rint(tl.load(knee_low_at) * z), _rint(tl.load(knee_high_at) * (127.0 - z))
+        before = _piecewise_value(0, z, a, b)
+        q = tl.zeros_like(steps) + before
+        for k in tl.static_range(1, 16):
+            value = _piecewise_value(k, z, a, b)
+            q = tl.where(steps + z > (before + value) * 0.5, value, q)
+            before = value
+    tl.store(out + row * channels + at, (s * (q - z)).to(out.dtype.element_ty), mask=inside)
+    tl.store(about + row * 4, s)
+    tl.store(about + row * 4 + 1, z)
+    tl.store(about + row * 4 + 2, high)
+    tl.store(about + row * 4 + 3, low)
+
+
+@triton.jit
+def _fake_quantized_backward(x, grad, about, knee_low_at, knee_high_at, to_x, sums, channels, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < channels
+    v = tl.load(x + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+    s, z = tl.load(about + row * 4), tl.load(about + row * 4 + 1)
+    steps = tl.math.div_rn(v, s)
+    if TOP == 15:
+        t = _rint(steps) + z
+        q = tl.minimum(tl.maximum(t, 0.0), 15.0)
+    else:
+        t = steps + z
+        a, b = _rint(tl.load(knee_low_at) * z), _rint(tl.load(knee_high_at) * (127.0 - z))
+        before = _piecewise_value(0, z, a, b)
+        q = tl.zeros_like(t) + before
+        code = tl.zeros_like(t)
+        for k in tl.static_range(1, 16):
+            value = _piecewise_value(k, z, a, b)
+            above = t > (before + value) * 0.5
+            code = tl.where(above, tl.where(tl.zeros_like(t) + value > before, k * 1.0, code), code)
+            q = tl.where(above, value, q)
+            before = value
+        core = (code - 4.0) / 7.0
+        low_slope = tl.where(code < 4.0, code * -0.25, tl.where(code > 11.0, 0.0, core - 1.0)) * z
+        high_slope = tl.where(code < 4.0, 0.0, tl.where(code > 11.0, 1.0 - (code - 11.0) * 0.25, core)) * (127.0 - z)
+        tl.store(sums + row * 4 + 2, tl.sum(g * low_slope, 0) * s)
+        tl.store(sums + row * 4 + 3, tl.sum(g * high_slope, 0) * s)
+    kept = tl.where((t >= 0.0) & (t <= TOP * 1.0), g, 0.0)
+    tl.store(to_x + row * channels + at, kept.to(to_x.dtype.element_ty), mask=inside)
+    tl.store(sums + row * 4, tl.sum(g * (q - z), 0) - tl.sum(kept * steps, 0))
+    tl.store(sums + row * 4 + 1, s * tl.sum(kept - g, 0))
+
+
+def fake_quantized(x: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """Activations `(n, channels)` through their sixteen codes, in their own type, and `(n, 4)`: scale, zero point, largest and smallest value
+    (zero included). factors: clip_max, clip_min, knee_low, knee_high `()`; steps 15 (uniform) or 127 (piecewise)."""
+    rows, channels = x.shape
+    out, about = torch.empty_like(x), torch.empty(rows, 4, device=x.device)
+    block = triton.next_power_of_2(channels)
+    _fake_quantized[(rows,)](x, out, about, *factors, SMALLEST_SCALE, channels, TOP=steps, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False)
+    return out, about
+
+
+def fake_quantized_backward(x: Tensor, grad: Tensor, about: Tensor, knees: tuple[Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and `(n, 4)`: what each token's scale, zero point, knee_low and knee_high receive."""
+    rows, channels = x.shape
+    to_x, sums = torch.empty_like(x), torch.zeros(rows, 4, device=x.device)
+    block = triton.next_power_of_2(channels)
+    _fake_quantized_backward[(rows,)](x, grad, about, *knees, to_x, sums, channels, TOP=steps, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False)
+    return to_x, sums

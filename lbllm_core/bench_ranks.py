@@ -1,0 +1,68 @@
+"""One process of the two-GPU measurement of `bench_scale` (section `gpus`); started through torchrun, never by hand.
+
+The first rank times a step of stage 2 alone while the other waits, then both train the same block, each with a batch of the same size, and
+gradients are averaged. Speed-up: twice the alone time over the common time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbllm_core.bench_scale import Bench, synchronize, trained_block
+from lbllm_core.engine.hardware import Hardware
+from lbllm_core.engine.ranks import ALONE, Ranks
+
+MARK = "STEP "
+
+
+def seconds(bench: Bench, ranks: Ranks, repeats: int = 5) -> float:
+    """Median seconds of a step on this rank."""
+    here = replace(bench, hardware=replace(bench.hardware, ranks=ranks))
+    step, _ = trained_block(here, bench.shape, "nearest", bench.batch)
+    for _ in range(4):
+        step()
+    times = []
+    for _ in range(repeats):
+        synchronize(bench.hardware)
+        ranks.wait()
+        began = time.perf_counter()
+        for _ in range(4):
+            step()
+        synchronize(bench.hardware)
+        times.append((time.perf_counter() - began) / 4)
+    return statistics.median(times)
+
+
+def main(arguments: list[str]) -> int:
+    """Measure; the first rank prints both times."""
+    about: dict[str, Any] = json.loads(arguments[0])
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    hardware = Hardware(device, torch.bfloat16 if on_gpu else torch.float32)
+    bench = Bench(**{**about, "hardware": hardware, "scratch": Path(about["scratch"])})
+    ranks.wait()
+    alone = seconds(bench, ALONE) if ranks.first else 0.0
+    ranks.wait()
+    together = seconds(bench, ranks)
+    if ranks.first:
+        print(MARK + json.dumps({"alone": alone, "together": together, "size": ranks.size}), flush=True)
+    ranks.wait()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,17 @@
+"""The Triton kernels of training, where there are any; importing Triton takes a second, so it waits until somebody asks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+
+@functools.cache
+def kernels() -> Any:
+    """`lbllm_kernels.triton_training`, or None where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lbllm_kernels import triton_training
+
+    return triton_training

@@ -1,0 +1,187 @@
+"""The large block's step and its fused parts against plain autograd, in Triton's interpreter (a process of its own: Triton decides at import)."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreted process")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
+def test_the_interpreted_cases_pass():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    if "interpreter" in done.stdout and "skipped" in done.stdout and "passed" not in done.stdout:
+        pytest.skip("this Triton cannot interpret here")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+if INTERPRETED:
+    from lbllm_core.config import PtqInitConfig, SchemeConfig
+    from lbllm_core.engine import latent_step
+    from lbllm_core.engine.block_sweep import BlockJob
+    from lbllm_core.engine.hardware import Hardware
+    from lbllm_core.engine.hidden_states import HiddenStates
+    from lbllm_core.engine.latent_step import LatentStep
+    from lbllm_core.engine.recorded_step import RecordedStep
+    from lbllm_core.engine.train_block import MicroBatches, TrainingPlan
+    from lbllm_core.model import fused_block
+    from lbllm_core.model.blocks import Decoder
+    from lbllm_core.model.linear import LearningRates
+    from lbllm_core.model.student_block import build_block, constrain, parameter_groups, read_state
+    from lbllm_core.stages.ptq_init import quantize_block
+
+    CPU = Hardware(torch.device("cpu"), torch.float32)
+
+
+def small_job(kv_heads=2):
+    import transformers
+
+    values = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "vocab_size": 60}
+    config = transformers.LlamaConfig(**values, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.copy_(torch.randn_like(p) / p.shape[1] ** 0.5 if p.dim() > 1 else 1 + 0.3 * torch.randn_like(p))
+    view = Decoder(model)
+    inputs = torch.randn(4, 12, 32)
+    job = BlockJob(0, view.blocks[0], HiddenStates.of(inputs), None, view, view.surroundings(inputs[:1]), CPU)
+    return job, HiddenStates.of(job.run(view.blocks[0], inputs))
+
+
+@inside
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_fused_forward_and_backward(kv_heads):
+    job, _ = small_job(kv_heads)
+    assert fused_block.plain(job.teacher_block, job.surroundings)
+    found = []
+    for run in (lambda b, h: job.run(b, h), lambda b, h: fused_block.run(b, h, job.surroundings, torch.float32)):
+        block = copy.deepcopy(job.teacher_block)
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.requires_grad_(True)
+        hidden = job.inputs.whole().clone().requires_grad_()
+        out = run(block, hidden)
+        (out * torch.sin(torch.arange(out.numel())).view_as(out)).sum().backward()
+        found.append([out, hidden.grad, *(p.grad for p in block.parameters() if p.requires_grad)])
+    for plain, fused in zip(*found, strict=True):
+        assert float((plain - fused).norm() / plain.norm()) < 2e-6
+
+
+RATES = {"weight": 1e-3, "levels": 2e-3, "row_scale": 2e-3}
+
+
+@inside
+@pytest.mark.parametrize(
+    ("mode", "level_mode", "rates", "polarize"),
+    [
+        ("nearest", "explicit", RATES, 0.0),
+        ("nearest", "codebook", RATES, 0.0),
+        ("frozen", "explicit", {"levels": 2e-3, "row_scale": 2e-3}, 0.0),
+        ("latent_soft", "explicit", RATES | {"bitmap": 1e-2}, 0.0),
+        ("latent_soft", "explicit", RATES | {"bitmap": 1e-2}, 0.3),
+        ("latent_hard", "explicit", RATES, 0.0),
+    ],
+)
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_the_step_is_that_of_plain_autograd(mode, level_mode, rates, polarize, clip):
+    job, target = small_job()
+    scheme = SchemeConfig(level_mode=level_mode, group_size=16, codebook_size=16, act_bits=16)
+    start, _ = quantize_block(job, scheme, PtqInitConfig(), 0)
+    plan = TrainingPlan(LearningRates(**rates), 1, 4, 0.05, clip, 0, polarize)
+    blocks, losses = [], []
+    for fused in (False, True):
+        block = build_block(job.teacher_block, start, mode)
+        pieces = MicroBatches(block, job, plan, 0.7)
+        groups = parameter_groups(block, plan.rates)
+        if fused:
+            assert latent_step.tiled(block)
+            pieces.size = 2  # and in micro-batches
+            update = LatentStep(block, groups, pieces._pieces, lambda b=block: constrain(b), clip, torch.float32, polarize)
+        else:
+            update = RecordedStep(groups, pieces._gradients, lambda b=block: constrain(b), clip, torch.device("cpu"))
+        progress = torch.zeros(())
+        losses.append([float(update(1.0 - 0.2 * k, job.inputs.whole(), target.whole(), progress.fill_(k / 4))) for k in range(4)])
+        blocks.append(block)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+    for (name, a), (_, b) in zip(blocks[0].named_parameters(), blocks[1].named_parameters(), strict=True):
+        assert float((a - b).abs().max()) < 2e-4, name
+    codes = [read_state(block, start).linears for block in blocks]
+    assert sum(int((codes[0][p].codes != codes[1][p].codes).sum()) for p in codes[0]) <= 3
+
+
+@inside
+@pytest.mark.parametrize("variant", ["uniform", "piecewise"])
+@pytest.mark.parametrize("channels", [48, 64])
+def test_fused_activation_quantizer(variant, channels, monkeypatch):
+    from lbllm_core.quant import activation
+
+    torch.manual_seed(3)
+    x = torch.randn(2, 9, channels) * torch.exp(torch.randn(channels))
+    x[0, 0] = 0.0
+    x[0, 1] = x[0, 1].abs()
+    x[1, 2] = -x[1, 2].abs()
+    upstream, found = torch.randn_like(x), []
+    for fused in (False, True):
+        monkeypatch.setattr(activation, "_fused", lambda *_, answer=fused: answer)
+        mine = x.clone().requires_grad_()
+        factors = [torch.tensor(v).requires_grad_() for v in (0.83, 0.9, 0.21, 0.3)]
+        out = activation.fake_quantize(mine, variant, *factors)
+        out.backward(upstream)
+        found.append((out, mine.grad, *(f.grad for f in factors)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    for plain, fused in zip(found[0][2:4] if variant == "uniform" else found[0][2:], found[1][2:], strict=False):
+        assert float(fused) == pytest.approx(float(plain), rel=1e-4, abs=1e-4)
+
+
+AHEAD = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lbllm_kernels import triton_training as t
+types = dict.fromkeys(("grad", "delta", "gate", "up", "to_gate", "to_up", "to_delta", "out"), "*bf16") | {"x": "*fp32", "source": "*fp32"}
+types |= dict.fromkeys(("groups", "total", "tokens", "channels"), "i32")
+types |= dict.fromkeys(("weight", "rate", "rate_bitmap", "correction1", "correction2", "eps", "sign"), "fp32")
+adam = dict(BETA1=0.9, BETA2=0.95, EPS=1e-8)
+cases = [(t._quantized_weight, dict(G=128, ROWS=16, MODE=mode), {"source": "*u8"} if mode == 1 else {}) for mode in (0, 1, 2)]
+cases += [(t._gradient_sums, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2), {"source": "*u8"} if mode == 1 else {}) for mode in (0, 1, 2)]
+cases += [(t._adamw, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2, **adam), {}) for mode in (0, 2)]
+norm = {"weight": "*fp32"}
+cases += [(t._norm_forward, dict(WIDTH=4096, BLOCK=4096, ADD=add), norm) for add in (False, True)]
+cases += [(t._norm_backward, dict(WIDTH=8192, BLOCK=8192, ADD=add), norm) for add in (False, True)]
+cases += [(t._rotated, dict(HEADS=32, HALF=64, ROUND_HEADS=32, ROUND_HALF=64), {"x": "*bf16"})]
+cases += [(t._gate_forward, dict(BLOCK=2048), {}), (t._gate_backward, dict(BLOCK=2048), {})]
+quant = {"x": "*bf16", "to_x": "*bf16", "smallest": "fp32", "channels": "i32"}
+cases += [(k, dict(TOP=top, BLOCK=block), quant) for k in (t._fake_quantized, t._fake_quantized_backward) for top, block in ((15, 4096), (127, 16384))]
+for kernel, constants, special in cases:
+    kinds = {a: "constexpr" if a in constants else (types | special).get(a, "*fp32") for a in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens", "channels")}
+    warps = 16 if constants.get("BLOCK", 0) > 4096 else 4
+    made = triton.compile(ASTSource(kernel, kinds, constants, aligned), target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
+    assert len(made.asm["cubin"]) > 1000
+    assert ".local" not in made.asm["ptx"], (kernel.__name__, constants)
+    assert "ld.global.v4" in made.asm["ptx"] or "ld.global.L1" in made.asm["ptx"] or ".v4.b32" in made.asm["ptx"], (kernel.__name__, constants)
+print("compiled", len(cases))
+"""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_ahead_of_time(capability, tmp_path):
+    """Without a GPU: every kernel compiles, loads sixteen bytes a thread, and spills nothing to local memory."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", AHEAD, str(capability)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("compiled ")
