@@ -6,6 +6,7 @@ Words are drawn from what exists (keys, groups, their files), from what is nearl
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import _composed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +41,14 @@ files = st.sampled_from(sorted(GROUPS)).flatmap(lambda group: st.sampled_from(GR
 overrides = st.lists(st.one_of(st.builds(lambda key, value: f"{key}={value}", keys, values), files, any_text), max_size=4)
 plain = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), any_text), lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(any_text, inner, max_size=3)), max_leaves=6)
 sections = st.dictionaries(st.one_of(st.sampled_from([*SECTIONS, "seed", "experiment"]), any_text), st.one_of(plain, st.dictionaries(st.sampled_from([k.rpartition(".")[2] for k in KEYS]), plain, max_size=4)), max_size=4)
+
+
+_real = composing._compose_files
+
+
+@functools.cache
+def _composed(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    return _real(dict(choices))
 
 
 @pytest.fixture(autouse=True)
