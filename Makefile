@@ -17,8 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test generate export up down status config lint kernels tables clean
 .PHONY: sweep sweep-status sweep-retry compare screenshots
-export PROMPT
-.PHONY: preflight doctor
+export PROMPT ONLY
+.PHONY: preflight doctor test-faults test-long docs
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -63,6 +63,20 @@ doctor: $(STAMP) ## versions, device, kernels, data, disk, servers: what is ther
 
 test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part; RECORD=1 keeps the time in results/
 	@$(if $(RECORD),$(PY) -m lbllm_core.report.timed results/pipeline_cpu.json install_s=$$(cat $(STAMP)) test_s --) $(PY) -m pytest $(TESTS)
+
+test-faults: kernels ## break things on purpose (kills, full disk, damage, clock ...) and record what is left: ONLY=kind,kind MOMENTS=20; an hour
+	@$(PY) tests/faults/suite.py --only "$$ONLY" --moments "$(or $(MOMENTS),20)" --record results/faults.json
+	@$(PY) -m lbllm_core.report.pages docs
+
+test-long: kernels ## everything: all tests with many more examples, the browser's where there is one, then the fault suite
+	@LBLLM_LONG_TESTS=1 $(PY) -m pytest
+	@$(MAKE) test-faults
+
+docs: $(VENV)/.docs ## the manual as pages, into build/docs; broken links and references are errors
+	@$(PY) docs/build.py
+
+$(VENV)/.docs: $(STAMP)
+	@$(PY) -m pip install -q -c constraints.txt -e '.[docs]' && touch $@
 
 generate: kernels ## text from a packed model: PROMPT="..." [MODEL_DIR=folder] [TOKENS=128]
 	@test -n "$$PROMPT" || { echo 'give a prompt: make generate PROMPT="Once upon a time"'; exit 2; }

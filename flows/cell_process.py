@@ -71,7 +71,8 @@ def run_cell(overrides: Sequence[str], environment: Mapping[str, str], log: Path
 
 def write_error(answer: Path, error: Exception) -> None:
     """What a failed cell leaves in place of its result, for the sweep to tell."""
-    write_atomic(answer, json.dumps({"error": str(error)}).encode())
+    with contextlib.suppress(OSError):  # a full disk: the sentence is in the cell's output, and its log
+        write_atomic(answer, json.dumps({"error": str(error)}).encode())
 
 
 def _pass_on(stream: BinaryIO, show: Callable[[str], None], last: bool = False) -> None:

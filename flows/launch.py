@@ -24,6 +24,7 @@ import psutil
 
 from flows import servers
 from lbllm_core.engine.artifacts import home_folder
+from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.errors import LbllmError
 
 FLOW_PROCESS = ("-m", "flows.once")
@@ -47,6 +48,8 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
     with servers.prefect_for_this_run(home) as port:
         command = [sys.executable, *FLOW_PROCESS, str(answer), *overrides]
         code = subprocess.run(command, env=os.environ | servers.environment(home, port), check=False).returncode
+        if code < 0:
+            _tell_of_kill(-code, f"http://{servers.HOST}:{port}/api", overrides)
     if code or not answer.exists():
         answer.unlink(missing_ok=True)
         return code if code > 0 else 1
@@ -59,6 +62,16 @@ def run(home: Path, overrides: Sequence[str], record: Path | None) -> int:
     if record is not None:
         record_results(record, config, result, seconds, memory.peak_gb())
     return 0
+
+
+def _tell_of_kill(number: int, api: str, overrides: Sequence[str]) -> None:
+    """The flow's process could not say itself why it ended, here or on Prefect's page (in MLflow: `tasks/row_guard.py`)."""
+    from flows.prefect_runs import mark_run_crashed
+
+    why = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+    reason = f"the flow's process was ended by signal {number}{why}"
+    print(f"\n{reason}; finished blocks and steps are kept, the same command goes on from there", file=sys.stderr)
+    mark_run_crashed(api, overrides, reason)
 
 
 def show_config(overrides: Sequence[str]) -> int:
@@ -85,7 +98,7 @@ def up(home: Path) -> int:
     """Prefect's server, MLflow's page and the served deployment; what already runs is left as it is."""
     with servers.one_at_a_time(home):
         wanted = servers.prefect_port()
-        prefect = servers.running(home, "prefect")
+        prefect = servers.prefect_that_answers(home)
         if prefect and prefect.port != wanted:
             raise servers.ServerError(f"a run of this home uses a Prefect server on port {prefect.port}; wait for its end, then `make up` starts one on {wanted}")
         prefect = prefect or servers.start_prefect(home, "up", wanted)
@@ -166,12 +179,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from flows.doctor import doctor
 
             return doctor()
-        home = home_folder()
-        if chosen.action == "run":
-            return run(home, overrides, chosen.record)
-        if chosen.action == "preflight":
-            return preflight(home, overrides, chosen.brief)
-        return {"up": up, "down": down, "status": status}[chosen.action](home)
+        with disk_errors_told():
+            home = home_folder()
+            if chosen.action == "run":
+                return run(home, overrides, chosen.record)
+            if chosen.action == "preflight":
+                return preflight(home, overrides, chosen.brief)
+            return {"up": up, "down": down, "status": status}[chosen.action](home)
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code

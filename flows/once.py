@@ -16,12 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 from prefect import tags
 
 from flows.cell_process import write_error
 from flows.full_pipeline import lbllm
 from flows.serve import watch_heartbeats
-from lbllm_core.engine.files import write_atomic
+from lbllm_core.engine.files import disk_errors_told, write_atomic
 from lbllm_core.errors import LbllmError
 
 
@@ -43,15 +44,20 @@ def main(arguments: Sequence[str]) -> int:
     answer, overrides = Path(arguments[0]), list(arguments[1:])
     try:
         watch_heartbeats()
-        with tags(*(word.partition("=")[2] for word in overrides if word.startswith("tracking.sweep="))):
+        with disk_errors_told(), tags(*(word.partition("=")[2] for word in overrides if word.startswith("tracking.sweep="))):
             result = lbllm(overrides=overrides)
+            write_atomic(answer, json.dumps(result).encode())
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
         write_error(answer, error)
         return error.exit_code
+    except httpx.TransportError as error:
+        gone = LbllmError(f"Prefect's server does not answer at {os.environ.get('PREFECT_API_URL', 'its address')} ({type(error).__name__}); run again, or start one: make up")
+        print(f"\n{gone}", file=sys.stderr)
+        write_error(answer, gone)
+        return gone.exit_code
     except KeyboardInterrupt:
         return 130
-    write_atomic(answer, json.dumps(result).encode())
     return 0
 
 

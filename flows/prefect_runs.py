@@ -1,4 +1,4 @@
-"""The Prefect runs of a sweep whose process is gone: marked as crashed at once.
+"""The Prefect runs whose process is gone, of a sweep or of one `make run`: marked as crashed at once.
 
 A killed process cannot end its own run; the server's automation would notice after 90 seconds without a heartbeat
 (`flows/serve.py`), but a server that lives only as long as the sweep may be gone by then. The cells of a sweep run one after
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import urllib.request
+from collections.abc import Callable, Sequence
 from typing import Any
 
 OPEN_STATES = ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]
@@ -21,13 +22,23 @@ log = logging.getLogger(__name__)
 def mark_crashed(api: str, sweep: str, reason: str) -> int:
     """Mark the open runs of the flow `lbllm` with this tag as crashed; returns how many. A server that does not answer is left to its automation."""
     wanted = {"flow_runs": {"tags": {"all_": [sweep]}, "state": {"type": {"any_": OPEN_STATES}}}, "flows": {"name": {"any_": ["lbllm"]}}}
+    return _mark(api, wanted, reason)
+
+
+def mark_run_crashed(api: str, overrides: Sequence[str], reason: str) -> int:
+    """The same for the run that was started with these overrides and whose process the caller has seen die."""
+    wanted = {"flow_runs": {"state": {"type": {"any_": OPEN_STATES}}}, "flows": {"name": {"any_": ["lbllm"]}}}
+    return _mark(api, wanted, reason, lambda run: (run.get("parameters") or {}).get("overrides") == list(overrides))
+
+
+def _mark(api: str, wanted: dict[str, Any], reason: str, meant: Callable[[dict[str, Any]], bool] = lambda run: True) -> int:
     try:
-        found = _post(f"{api}/flow_runs/filter", wanted)
+        found = [run for run in _post(f"{api}/flow_runs/filter", wanted) if meant(run)]
         for run in found:
             state = {"type": "CRASHED", "name": "Crashed", "message": f"{reason[:500]}; a retry continues from the finished steps"}
             _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
     except (OSError, ValueError) as error:
-        log.warning("Prefect's server did not take the end of a run of %s (%s); it marks it itself after 90 seconds", sweep, error)
+        log.warning("Prefect's server did not take the end of a run (%s); it marks it itself after 90 seconds", error)
         return 0
     return len(found)
 

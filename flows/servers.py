@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import urllib.error
@@ -33,7 +35,9 @@ from tasks.tracking import artifact_uri, store_uri
 
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5226
+MEND_SECONDS = 2.0
 START_SECONDS = 180.0  # a fresh home migrates its database first
+log = logging.getLogger(__name__)
 SETTINGS = Path(__file__).resolve().parent.parent / "prefect.toml"
 
 
@@ -99,21 +103,56 @@ def environment(home: Path, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def prefect_for_this_run(home: Path) -> Iterator[int]:
-    """A Prefect server to run a flow on, as its port: the one that is up, else one of our own, stopped after its last user."""
+    """A Prefect server to run a flow on, as its port: the one that is up, else one of our own, stopped after its last user.
+
+    A server that dies meanwhile is started again on the same port: a flow waits minutes for every answer of one that is gone.
+    """
     users = home / "servers" / "users"
     users.mkdir(parents=True, exist_ok=True)
     mine = users / f"{os.getpid()}.json"
     with _one_at_a_time(home):
-        server = running(home, "prefect") or start_prefect(home, "run", _free_port(prefect_port()))
+        server = prefect_that_answers(home) or start_prefect(home, "run", _free_port(prefect_port()))
         write_atomic(mine, json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time()}).encode())
+    over = threading.Event()
+    threading.Thread(target=_mend, args=(home, server, over), daemon=True).start()
     try:
         yield server.port
     finally:
         with _one_at_a_time(home):
+            over.set()
             mine.unlink(missing_ok=True)
             now = running(home, "prefect")
             if now and now.keeper == "run" and not _live_users(users):
                 stop(home, "prefect")
+
+
+def _mend(home: Path, server: Server, over: threading.Event) -> None:
+    """Keep a Prefect server on the port until `over`: a run beside this one, or a person, may be faster."""
+    while not over.wait(MEND_SECONDS):
+        server = running(home, "prefect") or server
+        if server.alive():
+            continue
+        with _one_at_a_time(home):
+            if over.is_set() or running(home, "prefect"):
+                continue
+            try:
+                log.warning("Prefect's server is gone (was it killed?); it is started again, the run goes on")
+                server = start_prefect(home, server.keeper, server.port)
+            except LbllmError as error:
+                log.warning("Prefect's server could not be started again: %s", error)
+
+
+def prefect_that_answers(home: Path) -> Server | None:
+    """The recorded Prefect server, once it answers; one that does not (its starter was killed, it hangs) is stopped."""
+    server = running(home, "prefect")
+    deadline = time.monotonic() + START_SECONDS
+    while server is not None and server.alive() and time.monotonic() < deadline:
+        if answers(f"http://{HOST}:{server.port}/api/health"):
+            return server
+        time.sleep(0.3)
+    if server is not None:
+        stop(home, "prefect")
+    return None
 
 
 def start_prefect(home: Path, keeper: str, port: int) -> Server:
@@ -139,10 +178,10 @@ def start(home: Path, name: str, command: list[str], keeper: str, port: int, rea
     """Start `python <command>` in the background, record it, and wait until it is ready."""
     if port and not _is_free(port):
         raise ServerError(f"port {port}, where {name} would listen, is taken by another program; set LBLLM_{name.upper()}_PORT to a free one")
-    log = home / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    output = home / "logs" / f"{name}.log"
+    output.parent.mkdir(parents=True, exist_ok=True)
     variables = os.environ | environment(home, prefect or port)
-    with log.open("ab") as stream:
+    with output.open("ab") as stream:
         process = subprocess.Popen([sys.executable, *command], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=variables, cwd=SETTINGS.parent, start_new_session=True)
     server = Server(name, process.pid, psutil.Process(process.pid).create_time(), port, keeper)
     _record(home, server)
@@ -150,8 +189,8 @@ def start(home: Path, name: str, command: list[str], keeper: str, port: int, rea
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
             stop(home, name)
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-            raise ServerError(f"{name} did not start; the end of {log}:\n{tail}")
+            tail = "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+            raise ServerError(f"{name} did not start; the end of {output}:\n{tail}")
         time.sleep(0.3)
     return server
 

@@ -34,6 +34,7 @@ from flows.cells import Cell, Request, cells, words
 from flows.sweep_record import CellRecord, SweepRecord, checked_name, latest_record, read_record, sweep_lock, write_record
 from flows.sweep_report import Planned, end_table, expected_time, failures, plan_table, show_status
 from lbllm_core.engine.artifacts import home_folder
+from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.engine.terminal import duration
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.forecast import Forecaster
@@ -194,12 +195,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cell is stopped
     try:
-        home = home_folder()
+        with disk_errors_told():
+            home = home_folder()
         name = checked_name(chosen.sweep) if chosen.sweep and chosen.action != "run" else chosen.sweep  # a run tells all problems at once
         if chosen.action == "status":
             return show_status(home, name)
         typed = Request(words(chosen.models), words(chosen.experiments), words(chosen.seeds), tuple(chosen.overrides), name)
-        record = run_sweep(asked_before(home, name) if chosen.action == "retry" else typed, home, _print, _print)
+        with disk_errors_told():
+            record = run_sweep(asked_before(home, name) if chosen.action == "retry" else typed, home, _print, _print)
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code

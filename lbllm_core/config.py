@@ -310,7 +310,7 @@ def _cross_problems(c: RunConfig) -> list[str]:
             found.append(f"{stage}.sequences={wanted} is more than dataset.sequences={d.sequences}; raise the latter or lower the former")
     if d.seq_len > c.model.context:
         found.append(f"dataset.seq_len={d.seq_len} is longer than the model's context of {c.model.context} tokens")
-    if c.end_to_end.batch_size % c.end_to_end.micro_batch:
+    if c.end_to_end.micro_batch > 0 and c.end_to_end.batch_size % c.end_to_end.micro_batch:
         found.append(f"end_to_end.batch_size={c.end_to_end.batch_size} is not a multiple of end_to_end.micro_batch={c.end_to_end.micro_batch}")
     if "stage2" in c.evaluation.baselines and not c.weight_distill.enabled:
         found.append("evaluation.baselines holds stage2, which weight_distill.enabled=false leaves out")
@@ -416,7 +416,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, found: list[str]) 
         else:
             try:
                 made[name] = _coerce(kind, value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 found.append(f"{prefix}{name}={value!r} is not of type {getattr(kind, '__name__', kind)}")
     return cls(**made)
 

@@ -32,7 +32,11 @@ def prompt_ids(tokenizer: Any, prompt: str, raw: bool) -> Any:
 
     if getattr(tokenizer, "chat_template", None) and not raw:
         turn = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        try:  # a template is a program of the model folder; it runs in a sandbox, and what that refuses is an error like any other
+            ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"the model's chat template cannot be used ({first}); --raw leaves the prompt as it is") from error
     else:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:

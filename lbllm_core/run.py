@@ -20,6 +20,7 @@ from typing import Any
 
 from lbllm_core.config import RunConfig, config_from_dict, config_to_dict
 from lbllm_core.engine.artifacts import Handle, home_folder, prepare_home, read_seconds, run_step
+from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.engine.preflight import one_line, preflight
 from lbllm_core.engine.progress import Report
 from lbllm_core.engine.terminal import Terminal
@@ -59,7 +60,7 @@ def read_config(path: Path | None, overrides: Sequence[str]) -> RunConfig:
     if path is not None:
         try:
             base = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError([f"{path} cannot be read as JSON ({error})"]) from None
         if not isinstance(base, dict):
             raise ConfigError([f"{path} must hold an object of sections, for example {{\"scheme\": {{\"act_bits\": 16}}}}"])
@@ -91,9 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("lbllm_core").setLevel(logging.INFO)
     try:
         config = read_config(chosen.config, chosen.overrides)
-        home = prepare_home(chosen.home) if chosen.home else home_folder()
-        log.info(one_line(config, *preflight(config, home)))
-        finished = run_pipeline(config, home)
+        with disk_errors_told():
+            home = prepare_home(chosen.home) if chosen.home else home_folder()
+            log.info(one_line(config, *preflight(config, home)))
+            finished = run_pipeline(config, home)
     except LbllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -26,12 +25,22 @@ from prefect.tasks import Task
 
 from lbllm_core import pipeline
 from lbllm_core.config import RunConfig, config_from_dict, config_to_dict
-from lbllm_core.engine.artifacts import Handle, check_unless_busy, key_of, key_parts, read_seconds, run_step
+from lbllm_core.engine.artifacts import (
+    Handle,
+    check_unless_busy,
+    folder_of,
+    key_of,
+    key_parts,
+    read_manifest,
+    read_seconds,
+    run_step,
+)
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.terminal import Terminal
 from lbllm_core.errors import LbllmError
 from tasks.progress import PrefectPage
 
+PREFECT_RECORD = "prefect.json"
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +82,27 @@ class Step:
             log.info("%s: skipped, %s", self.name, reason)
             return inputs.get("student")
         upstream = {role: handle.to_dict() for role, handle in inputs.items() if handle is not None}
+        began = time.monotonic()
         curves = run.row == "final" and self.name in pipeline.STAGES  # a row beside it would draw into the same charts
+        state, key = self._run(run, upstream, curves)
+        if state.name == "Cached" and not _record_is_true(state, folder_of(run.home, self.name, key)):
+            state, _ = self._run(run, upstream, curves)
+        handle = _handle_of(state)
+        row = "teacher" if self.name == "evaluate_teacher" or (self.name == "score_requests" and not upstream) else run.row
+        minutes = max(read_seconds(handle.folder(run.home)), 0.0 if handle.reused else time.monotonic() - began) / 60
+        done = pipeline.Finished(row, handle, minutes)
+        run.finished.append(done)
+        run.listener.finished(done)
+        return handle
+
+    def _run(self, run: Run, upstream: dict[str, Any], curves: bool) -> tuple[State[Any], str]:
+        """Prefect's final state of the step, and the key under which it looked for a record (empty: it could not be computed)."""
+        asked: list[str] = []
+
+        def key(context: TaskRunContext, parameters: dict[str, Any]) -> str | None:
+            asked.append(step_key(self.name, parameters) or "")
+            return f"{self.name}/{asked[-1][:16]}/{PREFECT_RECORD}" if asked[-1] else None
+
         prefect_task = Task(
             fn=partial_body(self.name, run.listener.progress if curves else silent),
             name=self.name,
@@ -81,17 +110,10 @@ class Step:
             persist_result=True,
             result_serializer="json",
             result_storage=run.home / "artifacts",
-            cache_policy=CacheKeyFnPolicy(cache_key_fn=partial(prefect_key, self.name)),
+            cache_policy=CacheKeyFnPolicy(cache_key_fn=key),
         )
-        began = time.monotonic()
         state = prefect_task(config_to_dict(run.config), upstream, str(run.home), return_state=True)
-        handle = _handle_of(cast("State[Any]", state))
-        row = "teacher" if self.name == "evaluate_teacher" or (self.name == "score_requests" and not upstream) else run.row
-        minutes = max(read_seconds(handle.folder(run.home)), 0.0 if handle.reused else time.monotonic() - began) / 60
-        done = pipeline.Finished(row, handle, minutes)
-        run.finished.append(done)
-        run.listener.finished(done)
-        return handle
+        return cast("State[Any]", state), asked[-1] if asked else ""
 
 
 def partial_body(name: str, heard: Report) -> Callable[..., dict[str, Any]]:
@@ -113,8 +135,8 @@ def partial_body(name: str, heard: Report) -> Callable[..., dict[str, Any]]:
     return body
 
 
-def prefect_key(name: str, _: TaskRunContext, parameters: dict[str, Any]) -> str | None:
-    """Where Prefect keeps its record of this task: inside the artifact folder. None (always run) when the key cannot be computed.
+def step_key(name: str, parameters: dict[str, Any]) -> str | None:
+    """The key of the artifact that a task is about; a damaged one is set aside. None (always run) when it cannot be computed.
 
     Prefect would hide an exception here; the task's body computes the same key, so the reason is raised there.
     """
@@ -126,11 +148,27 @@ def prefect_key(name: str, _: TaskRunContext, parameters: dict[str, Any]) -> str
     except Exception:
         log.debug("no cache key for %s", name, exc_info=True)
         return None
-    return f"{name}/{key[:16]}/prefect.json"
+    return key
 
 
 def _handles(values: dict[str, Any]) -> dict[str, Handle]:
     return {role: Handle.from_dict(value) for role, value in values.items()}
+
+
+def _record_is_true(state: State[Any], folder: Path) -> bool:
+    """Whether what Prefect has kept of a finished task is the handle of the artifact beside it; another or a damaged record is removed.
+
+    The manifest guards the files of an artifact, and Prefect's record is none of them.
+    """
+    try:
+        kept = Handle.from_dict(cast("dict[str, Any]", state.result(raise_on_failure=False)))
+        if kept == Handle.from_dict(read_manifest(folder)["handle"]):
+            return True
+    except Exception:
+        log.debug("Prefect's record in %s cannot be read", folder, exc_info=True)
+    log.warning("%s: Prefect's record %s is not that of this artifact; it is removed, the step is looked at anew", folder.parent.name, folder / PREFECT_RECORD)
+    (folder / PREFECT_RECORD).unlink(missing_ok=True)
+    return False
 
 
 def _handle_of(state: State[Any]) -> Handle:

@@ -21,7 +21,7 @@ import logging
 import os
 import sqlite3
 import time
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,11 +33,13 @@ from lbllm_core.engine.artifacts import MANIFEST
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.engine.progress import Progress
 from lbllm_core.pipeline import Finished
+from tasks.row_guard import RowGuard
 
 log = logging.getLogger(__name__)
 FLUSH_SECONDS = 10.0
 RETRY_SECONDS = 60.0  # between attempts while the store is down
 BUSY_SECONDS = 3.0
+ROW_SECONDS = 2.0  # a row is never locked for longer, except by the run that owns it
 SHOWN_PARAMS = ("model.name", "experiment", "scheme.name", "seed")
 SECTION_OF = {
     "evaluate_teacher": "eval",
@@ -87,15 +89,18 @@ class LabBook:
         self.entries = Entries(config.tracking.experiment, self.digest, _row_name(config))
         self._flushed = time.monotonic()
         self._warned = False
-        self._row = FileLock(home / "runs" / f"{self.digest[:16]}.lock")
+        self._row = _row_lock(home, self.digest)
+        self._guard: RowGuard | None = None
 
     def __enter__(self) -> LabBook:
         if self.enabled:
             (self.home / "runs").mkdir(parents=True, exist_ok=True)
             try:
-                self._row.acquire(timeout=0)
+                self._row.acquire(timeout=ROW_SECONDS)
             except Timeout:  # the same configuration runs in another process: it keeps its row, this run gets its own
                 self.entries.resume = False
+            with suppress(OSError):  # no room for one more process or its log: the run does without
+                self._guard = RowGuard(self.home, self.digest if self.entries.resume else "")
             _deliver_left_over(self.home)
             self._first_page()
             self.flush()
@@ -109,6 +114,8 @@ class LabBook:
         self.flush()
         if self.entries.events:
             _keep_for_later(self.home, self.entries)
+        if self._guard:
+            self._guard.end()
         self._row.release()
 
     def progress(self, progress: Progress) -> None:
@@ -153,6 +160,7 @@ class LabBook:
         if not self.enabled:
             self.entries.events.clear()
             return
+        known = self.entries.run_id
         try:
             deliver(self.home, self.entries)
             self._warned = False
@@ -160,6 +168,8 @@ class LabBook:
             if not self._warned:
                 log.warning("MLflow's store does not answer (%s); the run goes on, its entries are kept and sent later", _brief(error))
             self._warned = True
+        if self._guard and self.entries.run_id != known:
+            self._guard.watch(self.entries.run_id)
 
     def _first_page(self) -> None:
         c = self.config
@@ -193,6 +203,7 @@ def deliver(home: Path, entries: Entries) -> None:
     import mlflow.entities as kinds
     from mlflow import MlflowClient
 
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs a traceback of what is raised; the caller says it in a sentence
     _probe(home / "mlflow.db")
     client = MlflowClient(store_uri(home))
     if not entries.run_id:
@@ -238,6 +249,31 @@ def _find_or_create(client: Any, entries: Entries, home: Path) -> str:
             return str(rows[0].info.run_id)
     made = client.create_run(experiment, run_name=entries.name, tags={"lbllm.config": entries.config_digest})
     return str(made.info.run_id)
+
+
+def close_row(home: Path, run_id: str, digest: str, reason: str) -> bool:
+    """End a row whose process is gone, unless it ended or its configuration (`digest`) runs again; False when the store is to be asked once more.
+
+    Without a digest the row is one that no other run takes up.
+    """
+    from mlflow import MlflowClient
+
+    try:
+        _probe(home / "mlflow.db")
+        client = MlflowClient(store_uri(home))
+        with suppress(Timeout), _row_lock(home, digest).acquire(timeout=0) if digest else nullcontext():
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_tag(run_id, "lbllm.error", reason[:4000])
+                client.set_terminated(run_id, "KILLED")
+    except Exception as error:
+        log.warning("MLflow's store did not take the end of the run %s (%s)", run_id, _brief(error))
+        return False
+    return True
+
+
+def _row_lock(home: Path, digest: str) -> FileLock:
+    """Held by the process whose run is the row of this configuration; the kernel frees it when that process dies."""
+    return FileLock(home / "runs" / f"{digest[:16]}.lock")
 
 
 def close_rows(home: Path, sweep: str, reason: str) -> int:

@@ -106,7 +106,7 @@ def _read_json_lines(path: Path, column: str) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{path} line {number} is not JSON; each line must be one object with a text field") from None
         if not isinstance(record, dict) or not isinstance(record.get(column), str):
             fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none"

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -37,7 +36,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lbllm_core.config import RunConfig, canonical_json, select
-from lbllm_core.engine.files import sha256_file, write_atomic
+from lbllm_core.engine.files import disk_problem, sha256_file, write_atomic
 from lbllm_core.engine.fingerprint import code_fingerprint
 from lbllm_core.engine.memory import release
 from lbllm_core.engine.progress import Progress, Report, silent
@@ -152,19 +151,18 @@ def run_step(
     parts = key_parts(spec, config, inputs, extra or {})
     key = key_of(parts)
     folder = folder_of(home, spec.name, key)
-    with _locked(folder):
+    with _disk_errors(spec.name, folder), _locked(folder):
         handle = sound(folder)
         if handle is not None:
             log.info("%s: reused %s", spec.name, folder.name)
             return replace(handle, reused=True)
         log.info("%s: %s", spec.name, why_not_cached(parts, home))
-        with _disk_errors(spec.name, folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with _stopwatch(folder, report) as listener:
-                folders = {role: upstream.folder(home) for role, upstream in inputs.items()}
-                metrics = spec.run(StepContext(visible(config, spec.fields), folders, folder, home, listener))
-            release()
-            return _publish(folder, key, parts, inputs, metrics)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _stopwatch(folder, report) as listener:
+            folders = {role: upstream.folder(home) for role, upstream in inputs.items()}
+            metrics = spec.run(StepContext(visible(config, spec.fields), folders, folder, home, listener))
+        release()
+        return _publish(folder, key, parts, inputs, metrics)
 
 
 def sound(folder: Path) -> Handle | None:
@@ -309,11 +307,12 @@ def _locked(folder: Path) -> Iterator[None]:
 def _disk_errors(step: str, folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    except Exception as error:
+        problem = disk_problem(error)
+        if not problem:
             raise
-        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 1e9
-        raise ArtifactError(f"step {step} could not write to {folder} ({error.strerror}; {free:.1f} GB free); make room, or set LBLLM_HOME elsewhere, and run again: finished blocks are kept") from error
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / 1e9
+        raise ArtifactError(f"step {step} could not write to {folder} ({problem}; {free:.1f} GB free); make room, or set LBLLM_HOME elsewhere, and run again: finished blocks are kept") from error
 
 
 @contextlib.contextmanager

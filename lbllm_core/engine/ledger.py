@@ -41,7 +41,7 @@ class Ledger:
                 return index
             try:
                 expected = json.loads(record.read_text())["sha256"]
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 expected = ""
             if sha256_file(data) != expected:
                 log.warning("%s does not match its checksum: it was altered or truncated. It is set aside, and %s %d onwards is done again.", data, self.name, index)

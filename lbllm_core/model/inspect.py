@@ -80,7 +80,7 @@ def check_weight_files(folder: Path) -> None:
     if index.is_file():
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, AttributeError, UnicodeDecodeError, RecursionError) as error:
             raise ModelError(f"{index} cannot be read ({type(error).__name__}); fetch it again") from None
         missing = sorted(named - {f.name for f in files})
         if missing:
@@ -98,7 +98,7 @@ def _check_header(file: Path) -> None:
                 raise ValueError
             header: dict[str, Any] = json.loads(stream.read(length))
             end = 8 + length + max((int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise ModelError(f"{file} is no safetensors file; fetch it again") from None
     if size != end:
         raise ModelError(f"{file} has {size} bytes, its header promises {end}: the file is truncated or damaged; fetch it again")

@@ -211,7 +211,7 @@ def read_config(folder: Path, blocks: int) -> Any:
     _refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder}/config.json cannot be used ({_first_line(error)}); code inside a model folder is never run") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{config.model_type} is an encoder-decoder; only decoder-only language models can be binarized")
@@ -238,7 +238,7 @@ def _refuse_code(folder: Path) -> None:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         asked = content.get("auto_map")
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise ModelError(f"{folder}/config.json cannot be used ({_first_line(error)}); fetch it again") from None
     if asked:
         raise ModelError(

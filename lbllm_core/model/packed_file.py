@@ -78,7 +78,7 @@ def _recorded(metadata: Mapping[str, str] | None, path: Path) -> dict[str, int]:
     try:
         found = json.loads((metadata or {}).get(CHECKSUMS, "{}"))
         return {str(name): int(value) for name, value in found.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: its checksums cannot be read; it is damaged, pack the model again") from error
 
 

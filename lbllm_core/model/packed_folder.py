@@ -213,7 +213,7 @@ def read_scheme(folder: Path) -> PackedScheme:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{folder} holds no config.json: it is not a packed model") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({type(error).__name__}); the file is damaged") from error
     found = values.get("quantization_config") if isinstance(values, dict) else None
     if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
@@ -260,7 +260,7 @@ def load_tokenizer(folder: Path, optional: bool = False) -> Any:
         raise ArtifactError(f"{folder} has no tokenizer; copy the base model's tokenizer files into it")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # a damaged value can surface anywhere in transformers and tokenizers
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(f"{folder} has no tokenizer that can be read ({first}); copy the base model's tokenizer files into it") from error
 
@@ -290,7 +290,7 @@ def _skeleton(folder: Path, scheme: PackedScheme) -> Any:
     if (folder / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
             raise ArtifactError(f"{folder}/generation_config.json cannot be read ({type(error).__name__}); remove it or copy the base model's") from error
     return model
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
+from lbllm_core.report.fault_tables import fault_table
 from lbllm_core.report.kernel_tables import model_table, peers_table, product_table
 from lbllm_core.report.method_tables import method_table, zero_shot_table
 from lbllm_core.report.records import read_results
@@ -63,6 +64,7 @@ TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
         "kernels_peers": ("peers_h100.json", lambda content: peers_table(content["records"])),
         "kernels_cpu": ("kernels_cpu.json", lambda content: product_table(content["records"], "torch_fp32")),
         "decode_h100": ("decode_h100.json", lambda content: model_table(content["records"])),
+        "faults": ("faults.json", lambda content: fault_table(content["records"])),
         "scale_h100": ("scale_h100.json", lambda content: scale_table(content["records"])),
         "decode_cpu": ("decode_cpu.json", lambda content: model_table(content["records"])),
     }

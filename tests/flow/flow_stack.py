@@ -22,6 +22,13 @@ SMALL = [
     "pack.benchmark=false",
     "evaluation.baselines=stage1",
 ]
+# What somebody may have in the environment; `test_whole_trace.py` looks for it in everything that the stack leaves.
+SECRETS = {
+    "HF_TOKEN": "hf_planted0token0of0the0hub0",
+    "AWS_SECRET_ACCESS_KEY": "planted0secret0of0a0bucket",
+    "MLFLOW_TRACKING_PASSWORD": "planted0password0of0a0book",
+    "OPENAI_API_KEY": "sk-planted0key0of0somebody",
+}
 
 
 def free_port() -> int:
@@ -41,7 +48,7 @@ class Stack:
         from flows.servers import environment
 
         own = {"OMP_NUM_THREADS": "1", "LBLLM_PREFECT_PORT": str(self.prefect), "LBLLM_MLFLOW_PORT": str(self.mlflow)}
-        return os.environ | environment(self.home, self.prefect) | own | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.home / "no hub")}
+        return os.environ | environment(self.home, self.prefect) | own | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.home / "no hub")} | SECRETS
 
     def call(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run `python <command>` from the repository's root, as a person would."""

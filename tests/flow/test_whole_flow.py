@@ -106,7 +106,11 @@ def test_killed_run_goes_on_in_its_row(stack: Stack) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     killed = lab_book(stack)[0]
-    assert killed.info.status == "RUNNING"
+    while killed.info.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.2)
+        killed = lab_book(stack)[0]
+    assert killed.info.status == "KILLED", "nobody but its companion could say so"
+    assert "signal 9" in killed.data.tags["lbllm.error"]
     assert len(lab_book(stack)) == rows + 1
 
     done, result = stack.run("seed=7")

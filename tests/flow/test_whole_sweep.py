@@ -121,6 +121,8 @@ def half_finished(home: Path) -> None:
         pass
     killed = LabBook(configs[2], home)
     killed.__enter__()
+    assert killed._guard is not None
+    killed._guard.end()  # the companion that would end the row is gone too
     killed._row.release()  # as the kernel does when the process dies
     cells = [CellRecord(f"tiny tiny seed {c.seed}", row_digest(c), "tiny", "tiny", "w1p1a4", c.seed) for c in configs]
     write_record(home, SweepRecord("half", {"models": ["tiny"]}, tuple(cells)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -16,6 +17,7 @@ import pytest
 from lbllm_core.config import RunConfig
 from lbllm_core.engine import artifacts
 from lbllm_core.engine.artifacts import Handle, folder_of, read_manifest, run_step
+from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.engine.progress import Progress
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import ArtifactError, NumericalError
@@ -231,3 +233,24 @@ def test_step_sees_only_what_it_names(tmp_path: Path) -> None:
     run_step(replace(SPEC, run=look), config, {}, tmp_path)
     assert (seen[0].seed, seen[0].scheme.group_size, seen[0].model.name) == (7, 16, "mine")
     assert seen[0].scheme.act_bits == RunConfig().scheme.act_bits
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "Read-only file system"), RuntimeError("IoError(Os { code: 28, kind: StorageFull })"), Exception("No space left on device (os error 28)")],
+)
+def test_a_disk_that_takes_no_more_is_a_sentence(error: Exception, tmp_path: Path) -> None:
+    """Also where a library in another language put the system's words into an exception of its own."""
+
+    def full(context: StepContext) -> Metrics:
+        (context.folder / "block_000.bin").write_bytes(b"done")
+        raise error
+
+    with pytest.raises(ArtifactError, match="make room, or set LBLLM_HOME elsewhere"):
+        run_step(replace(SPEC, run=full), RunConfig(), {}, tmp_path)
+    with pytest.raises(ValueError, match="a bug"):
+        run_step(replace(SPEC, run=lambda _: (_ for _ in ()).throw(ValueError("a bug"))), RunConfig(), {}, tmp_path)
+    with pytest.raises(ArtifactError, match="could not be written"), disk_errors_told():
+        raise error
+    with pytest.raises(OSError, match="other"), disk_errors_told():
+        raise OSError(errno.ENOENT, "other")

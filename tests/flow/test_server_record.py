@@ -1,0 +1,71 @@
+"""A Prefect server whose starter was killed while it started: never taken for one that answers, nor left behind."""
+
+from __future__ import annotations
+
+import http.server
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from flow_stack import free_port
+
+from flows import servers
+from flows.servers import Server
+
+
+@pytest.fixture
+def recorded(tmp_path: Path):
+    """A process that sleeps, recorded as the Prefect server of a home."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    port = free_port()
+    servers._record(tmp_path, Server("prefect", process.pid, psutil.Process(process.pid).create_time(), port, "run"))
+    yield tmp_path, process, port
+    process.kill()
+    process.wait()
+
+
+def test_one_that_never_answers_is_stopped(recorded, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    home, process, _ = recorded
+    monkeypatch.setattr(servers, "START_SECONDS", 1.0)
+    assert servers.running(home, "prefect") is not None
+    assert servers.prefect_that_answers(home) is None
+    process.wait(10)
+    assert servers.running(home, "prefect") is None
+
+
+def test_one_that_is_still_starting_is_waited_for(recorded) -> None:  # type: ignore[no-untyped-def]
+    home, process, port = recorded
+
+    class Health(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    late: list[http.server.HTTPServer] = []
+    threading.Timer(1.0, lambda: late.append(http.server.HTTPServer(("127.0.0.1", port), Health)) or threading.Thread(target=late[0].serve_forever, daemon=True).start()).start()
+    found = servers.prefect_that_answers(home)
+    assert found is not None
+    assert found.port == port
+    late[0].shutdown()
+    assert process.poll() is None
+
+
+def test_none_is_none(tmp_path: Path) -> None:
+    assert servers.prefect_that_answers(tmp_path) is None
+
+
+def test_a_flow_without_a_server_ends_with_a_sentence(tmp_path: Path) -> None:
+    import os
+
+    variables = os.environ | servers.environment(tmp_path, free_port()) | {"PREFECT_CLIENT_MAX_RETRIES": "0"}
+    done = subprocess.run([sys.executable, "-m", "flows.once", str(tmp_path / "answer.json"), "model=tiny"], capture_output=True, text=True, env=variables, check=False, timeout=300)
+    assert done.returncode == 1
+    assert "Prefect's server does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "does not answer" in (tmp_path / "answer.json").read_text()
