@@ -43,8 +43,8 @@ run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... s
 config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for machines that run `python -m lbllm_core.run --config`
 	@$(PY) -m flows.launch config $(ARGS)
 
-sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name ARGS='section.field=value'
-	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --overrides $(ARGS)
+sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name QUESTION="..." ARGS='section.field=value'
+	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --question "$$QUESTION" --overrides $(ARGS)
 
 sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last one
 	@$(PY) -m flows.sweep status --sweep "$$SWEEP"
@@ -52,7 +52,7 @@ sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last on
 sweep-retry: kernels ## the same sweep again, what failed or was stopped: SWEEP=name, without it the last one
 	@$(PY) -m flows.sweep retry --sweep "$$SWEEP"
 
-compare: $(STAMP) ## table and pictures of finished runs: SWEEP=name, without it all of them
+compare: $(STAMP) ## a report of the runs side by side (HTML, Markdown, pictures): SWEEP=name, without it all of them
 	@$(PY) -m flows.compare "$$SWEEP"
 
 preflight: kernels ## what a run would need (time, memory, disk, what binds) and whether it fits; ARGS as for `make run`

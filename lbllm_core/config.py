@@ -231,7 +231,6 @@ class TrackingConfig:
     enabled: bool = flag(True, help="log to MLflow")
     experiment: str = text("lbllm", help="MLflow experiment")
     sweep: str = text(help="tag shared by the cells of one sweep, which has an MLflow experiment of its own")
-    question: str = text(help="what the run or the sweep is to find out; its description in MLflow")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from browser import ESCAPE, Browser, BrowserError, browser
 
-from flows import compare, servers
+from flows import compare, lab_book, servers
 from flows.sweep_record import checked_name, latest_record
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.errors import LbllmError
@@ -37,7 +37,7 @@ def mlflow_page(home: Path) -> Iterator[str]:
     if mine:
         servers.start_mlflow(home, servers.mlflow_port())
     try:
-        yield compare.address(home)
+        yield lab_book.address(home)
     finally:
         if mine:
             servers.stop(home, "mlflow")
@@ -45,7 +45,7 @@ def mlflow_page(home: Path) -> Iterator[str]:
 
 def settle_mlflow(page: Browser, home: Path) -> None:
     """Close the assistant's panel and choose the menu for training, as a person does once; the browser remembers it."""
-    page.go(f"{compare.address(home)}/#/experiments")
+    page.go(f"{lab_book.address(home)}/#/experiments")
     page.wait_for("Model training")
     for label in ("Model training", "Close"):
         with contextlib.suppress(BrowserError):
@@ -56,7 +56,7 @@ def settle_mlflow(page: Browser, home: Path) -> None:
 def compare_page(page: Browser, home: Path, rows: list[RunRow], folder: Path) -> None:
     """Runs side by side: the first perplexity and the bits as axes, then only the parameters that differ."""
     settle_mlflow(page, home)
-    page.go(compare.compare_address(home, rows))
+    page.go(lab_book.compare_address(home, rows))
     page.wait_for(f"Comparing {len(rows)} Runs", "Parameters", *(row.run_id for row in rows))
     page.press(f"{METRICS}//span[contains(@class, 'selection-item-remove')]")  # the first metric of the store, whatever it is
     page.press(METRICS)
@@ -73,7 +73,7 @@ def runs_page(page: Browser, home: Path, rows: list[RunRow], name: str, folder: 
     """The sweep's rows with the columns that matter."""
     settle_mlflow(page, home)
     experiment = rows[0].link.partition("/experiments/")[2].partition("/")[0]
-    page.go(f"{compare.address(home)}/#/experiments/{experiment}/runs?viewStateShareKey={share_columns(home, experiment, name)}")
+    page.go(f"{lab_book.address(home)}/#/experiments/{experiment}/runs?viewStateShareKey={share_columns(home, experiment, name)}")
     page.wait_for("matching runs", "size/effective_bpw")
     page.picture(folder / "mlflow-runs.png", settle=2)
 
@@ -87,7 +87,7 @@ def main() -> int:
     try:
         home = home_folder()
         name = checked_name(chosen.sweep) if chosen.sweep else latest_record(home)
-        rows = [row for row in compare.read_rows(home, name) if row.state == "finished"] if name else []
+        rows = [row for row in lab_book.read_rows(home, name) if row.state == "finished"] if name else []
         if len(rows) < 2:
             print(f"the sweep {name!r} has {len(rows)} finished runs; pictures need two (make sweep MODELS=tiny SEEDS=0,1)", file=sys.stderr)
             return 2
