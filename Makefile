@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test generate export up down status config lint kernels tables clean
-.PHONY: sweep sweep-status sweep-retry compare screenshots
+.PHONY: sweep sweep-status sweep-retry compare screenshots test-browser bench-desk
 export PROMPT
 .PHONY: preflight doctor
 
@@ -83,6 +83,12 @@ status: $(STAMP) ## what of it runs, and where
 
 screenshots: $(STAMP) ## pictures of a sweep in MLflow and Prefect, into docs/pictures: SWEEP=name (needs chromium and chromium-driver)
 	@$(PY) tests/e2e/screenshots.py "$$SWEEP"
+
+test-browser: kernels ## the desk in a real browser: a sweep of six small cells, MLflow's and Prefect's pages, the report (needs chromium and chromium-driver)
+	@$(PY) -m pytest tests/e2e/desk_in_browser.py $(TESTS)
+
+bench-desk: $(STAMP) ## 200 runs of 500 metrics in a store of their own: how long a comparison takes; RECORD=1 keeps it in results/desk.json
+	@$(PY) tests/e2e/bench_desk.py --time-left $(if $(RECORD),--record results/desk.json)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(PY) -m ruff check .

@@ -137,6 +137,7 @@ def family_table(family: str, rows: Sequence[RunRow], published: Published) -> T
     papered = [n for n in names if any(_published(published, family, family_of(r.text("experiment"))[1], r.text("model.name"), n) is not None for r in own)]
     for name in names:
         head += [name, "paper", "delta"] if name in papered else [name]
+    head += [] if names else ["state"]
     for model in models:
         recipe = [row for row in rows if row.text("model.name") == model and row.run_id and not family_of(row.text("experiment"))[0] and row.text("scheme.weight_bits") != "16"]
         mine = [row for row in own if row.text("model.name") == model]
@@ -152,8 +153,8 @@ def family_table(family: str, rows: Sequence[RunRow], published: Published) -> T
                 line.append([_entry(row, name, marks[name].get(compared.index(row), "")) for row in group])
                 if name in papered:
                     line += _beside(group, name, _published(published, family, variant, model, name))
-            lines.append(line)
-    return Table(title, head, lines, _paper_note(family, models, published), family)
+            lines.append(line if names else [*line, [Entry(row.state, link=row.link) for row in group]])
+    return Table(title, head, lines, _paper_note(family, models if papered else (), published), family)
 
 
 def _beside(group: Sequence[RunRow], name: str, value: float | None) -> list[list[Entry]]:
@@ -169,7 +170,7 @@ def _published(published: Published, family: str, variant: str, model: str, name
 
 
 def _paper_note(family: str, models: Sequence[str], published: Published) -> str:
-    """What the paper has for this ablation when it is of another model."""
+    """What the paper has for this ablation where it does not stand beside ours: it is of another model or another metric."""
     told = []
     for (of_family, variant), experiment in SAME_CHANGE.items():
         model, values = published.get(experiment, ("", {}))

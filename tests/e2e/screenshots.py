@@ -3,6 +3,7 @@
     mlflow-compare.png   MLflow's compare page: parallel coordinates over bits and perplexity, and the parameters that differ
     mlflow-runs.png      MLflow's table of the sweep's runs, with the columns that `make sweep` chose
     prefect-runs.png     Prefect's page of runs, when its server runs (`make up`)
+    report.png           the head of the HTML report of `make compare`
     compare-*.png        what `make compare` draws
 
 Written into docs/pictures (or the folder given). MLflow's page is started for the time of the pictures when it is not up.
@@ -97,6 +98,10 @@ def main() -> int:
                 compare_page(page, home, rows, chosen.folder)
             with browser(1700, 700) as page:
                 runs_page(page, home, rows, name, chosen.folder)
+        with browser(1300, 1600) as page:
+            page.go(next(file for file in files if file.suffix == ".html").as_uri())
+            page.wait_for(f"Comparison: {name}")
+            page.picture(chosen.folder / "report.png")
         prefect = servers.running(home, "prefect")
         if prefect:
             with browser(1500, 900) as page:
