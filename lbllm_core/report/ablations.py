@@ -161,7 +161,7 @@ def _beside(group: Sequence[RunRow], name: str, value: float | None) -> list[lis
     if value is None:
         return [[], []]
     found = [(row, row.value(name)) for row in group]
-    return [[Entry(_form(name).format(value))], [Entry(f"{(mine - value) / value:+.1%}", link=row.link) for row, mine in found if mine is not None]]
+    return [[Entry(_value(name, value))], [Entry(f"{(mine - value) / value:+.1%}", link=row.link) for row, mine in found if mine is not None]]
 
 
 def _published(published: Published, family: str, variant: str, model: str, name: str) -> float | None:
@@ -175,7 +175,7 @@ def _paper_note(family: str, models: Sequence[str], published: Published) -> str
     for (of_family, variant), experiment in SAME_CHANGE.items():
         model, values = published.get(experiment, ("", {}))
         if of_family == family and model and model not in models:
-            told.append((model, f"{variant.replace('_', ' ')} {' / '.join(f'{v:g}' for v in values.values())}", [n.rpartition("/")[2] for n in values]))
+            told.append((model, f"{variant.replace('_', ' ')} {' / '.join(_value(n, v) for n, v in values.items())}", [n.rpartition("/")[2] for n in values]))
     if not told:
         return ""
     names = max((names for _, _, names in told), key=len)
@@ -185,7 +185,7 @@ def _paper_note(family: str, models: Sequence[str], published: Published) -> str
 def _paper_lines(model: str, names: Sequence[str], published: Published) -> list[list[list[Entry]]]:
     lines = []
     for experiment, (of, values) in published.items():
-        cells = [Entry(_form(n).format(values[f"final/{n}"])) if f"final/{n}" in values else Entry() for n in names]
+        cells = [Entry(_value(n, values[f"final/{n}"])) if f"final/{n}" in values else Entry() for n in names]
         if of == model and experiment.startswith("paper_main_") and any(cell.text for cell in cells):
             lines.append([[Entry(f"{model}, the paper's W(1+1)A4")], [Entry()], *([cell] for cell in cells)])
     return lines
@@ -213,5 +213,6 @@ def _bits(row: RunRow) -> Entry:
     return Entry("" if value is None else f"{value:.3f}", link=row.link)
 
 
-def _form(name: str) -> str:
-    return "{:.3f}" if is_accuracy(name) else "{:.4g}"
+def _value(name: str, value: float) -> str:
+    """A published figure as papers print it."""
+    return f"{value:.3f}" if is_accuracy(name.rpartition("/")[2]) else f"{value:.2f}" if value < 100 else f"{value:.0f}"

@@ -197,7 +197,7 @@ def _label_points(figure: Any, axes: Any, measured: Sequence[Mapping[str, Any]])
     figure.draw_without_rendering()  # fixes the layout, so that data have a place on the page
     places: dict[tuple[float, float], list[str]] = {}
     for p in measured:
-        places.setdefault((float(p["at"]), float(p["value"])), []).append(str(p["title"]).removeprefix(f"{p['model']} "))
+        places.setdefault((float(p["at"]), float(p["value"])), []).append(str(p["title"]).removeprefix(f"{p['model']} ").removeprefix("ablation_"))
     points = {place: axes.transData.transform(place) * 72 / figure.dpi for place in places}
     middle = sum(axes.get_window_extent().intervalx) / 2 * 72 / figure.dpi
     for side in ("left", "right"):

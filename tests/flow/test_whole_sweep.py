@@ -59,8 +59,9 @@ def test_a_cell_that_cannot_run_does_not_stop_the_others(stack: Stack) -> None:
     assert "/#/compare-runs?runs=" in done.stdout
     assert "searchFilter=tags." in done.stdout
     key = done.stdout.partition("viewStateShareKey=")[2].split()[0]
-    (experiment,) = (e for e in MlflowClient(store_uri(stack.home)).search_experiments() if e.name == "lbllm")
+    (experiment,) = (e for e in MlflowClient(store_uri(stack.home)).search_experiments() if e.name == "of-tests")
     columns = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])["selectedColumns"]
+    assert "tiny, llama2; seeds 0, 3; 4 cells" in experiment.tags["mlflow.note.content"]
     assert {"params.`seed`", "metrics.`eval/ppl_synthetic`", "metrics.`size/effective_bpw`"} <= set(columns)
     assert "Traceback" not in done.stdout + done.stderr
     rows = lab_book.read_rows(stack.home, "of-tests")
@@ -139,8 +140,11 @@ def test_comparison_of_a_half_finished_sweep(stack: Stack) -> None:
     assert sum("| stopped |" in line for line in lines.values()) == 1, "MLflow calls it running, its process is gone"
     assert "| planned |" in lines["tiny tiny seed 3"], "a cell without a row comes from the record"
     assert "not finite; lower the learning rate" in text
+    html = (stack.home / "compare" / "half.html").read_text()
+    assert "4 runs" in html
+    assert "has kept no curves" in html, "said, not invented"
     assert "/#/experiments/" in text
-    assert {"half.md", "half.png", "half-ppl_x.png"} <= {p.name for p in (stack.home / "compare").iterdir()}
+    assert {"half.html", "half.md", "half.png", "half-ppl_x.png"} <= {p.name for p in (stack.home / "compare").iterdir()}
     differing = differences(lab_book.read_rows(stack.home, "half"))
     assert differing[0] == ["run", "end_to_end.steps"]
 

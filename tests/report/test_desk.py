@@ -65,21 +65,21 @@ def test_a_family_beside_the_recipe_and_the_paper() -> None:
     assert table.head == ["", "model", "bits a weight", "ppl_x", "paper", "delta"]
     lines = {texts(line)[0]: texts(line)[3:] for line in table.lines}
     assert list(lines) == ["levels", "weights", "all", "recipe: embedded"]
-    assert lines["levels"] == ["50.00 ± 1.00 (x2.5) / 52.00 ± 1.00 (x2.6)", "40", "+25.0% / +30.0%"]
+    assert lines["levels"] == ["50.00 ± 1.00 (x2.5) / 52.00 ± 1.00 (x2.6)", "40.00", "+25.0% / +30.0%"]
     assert lines["weights"] == ["failed", "", ""]
     assert lines["all"] == ["31.00 ± 1.00 (x1.55)", "", ""]
     assert [cell[0].standing for cell in (line[3] for line in table.lines)] == ["", "", "tie", "best"]
     assert table.lines[0][3][1].link == HERE + "ablation_wat_levels-1-m"
     elsewhere = family_table("wat", [run("ablation_wat_levels", 50.0, model="other")], PAPER)
     assert elsewhere.head == ["", "model", "bits a weight", "ppl_x"], "another model: no delta"
-    assert elsewhere.note == "In the paper, m, ppl_x: levels 40."
+    assert elsewhere.note == "In the paper, m, ppl_x: levels 40.00."
 
 
 def test_main_results_zero_shot_and_stages() -> None:
     scores = {"eval/acc_piqa": 0.6, "teacher/eval/acc_piqa": 0.7, "eval/acc_boolq": 0.5, "teacher/eval/acc_boolq": 0.6, "eval/acc_mmlu": 0.3}
     rows = [run("embedded", 30.0, **scores, **{"stage1/eval/ppl_x": 90.0, "stage1/eval/ppl_x_stderr": 4.0}), run("ablation_wat_all", 31.0)]
     main = [texts(line) for line in main_table(rows, PAPER).lines]
-    assert main == [["m, teacher", "16", "20.00"], ["m embedded", "2.500", "30.00 ± 1.00 (x1.5)"], ["m, the paper's W(1+1)A4", "", "25"]]
+    assert main == [["m, teacher", "16", "20.00"], ["m embedded", "2.500", "30.00 ± 1.00 (x1.5)"], ["m, the paper's W(1+1)A4", "", "25.00"]]
     zero = zero_shot_table(rows)
     assert zero.head == ["", "acc_piqa", "acc_boolq", "acc_mmlu", "average", "lost"]
     assert texts(zero.lines[1])[-2:] == ["0.550", "-0.100"], "over the tasks that the teacher was measured on too"
