@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flows.compose import published
-from flows.lab_book import columns_address, compare_address, kept, list_address, read_rows
+from flows.lab_book import compare_address, kept, list_address, read_rows
 from flows.sweep_record import checked_name, read_record
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.files import write_atomic
@@ -91,8 +91,8 @@ def html_page(rows: Sequence[RunRow], name: str, home: Path) -> str:
     """The whole comparison as one HTML page."""
     linked = [row for row in rows if row.link]
     record = read_record(home, name)
-    addresses = {"MLflow: compare page": compare_address(home, linked), "MLflow: table of runs": columns_address(home, linked, "" if name == "all" else name)} if linked else {}
-    about = desk.Page(name, f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}", record.question if record else "", {k: v for k, v in addresses.items() if v}, published())
+    addresses = {"MLflow: compare page": compare_address(home, linked), "MLflow: list of runs": list_address(home, linked, "" if name == "all" else name)} if linked else {}
+    about = desk.Page(name, f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}", record.question if record else "", addresses, published())
     return desk.render(rows, what_steps_kept(desk.drawn(rows), home), about)
 
 

@@ -23,6 +23,7 @@ import logging
 import os
 import sqlite3
 import time
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
@@ -344,29 +345,25 @@ def close_rows(home: Path, sweep: str, reason: str) -> int:
     return len(rows)
 
 
-def share_columns(home: Path, experiment_id: str, sweep: str = "") -> str:
+def share_columns(home: Path, experiment_id: str, metrics: Iterable[str], params: Iterable[str], sweep: str = "") -> str:
     """A view of MLflow's run table with the columns that matter and, with `sweep`, only its runs, as the key of its address.
 
-    MLflow keeps a shared view as a tag of the experiment, as JSON; `?viewStateShareKey=<key>` opens it. Empty when the store is
-    down or the experiment is gone: the table is there without it.
+    `metrics`: all names that the runs have, of which the view takes some; `params`: those that tell the runs apart. MLflow keeps a
+    shared view as a tag of the experiment, as JSON; `?viewStateShareKey=<key>` opens it. Empty when the store is down or the
+    experiment is gone: the table is there without it.
     """
-    client = _client(home)
+    known = set(metrics)
+    scores = [name for name in sorted(known) if name.startswith("eval/") and "stderr" not in name]
+    figures = [name for name in ("size/effective_bpw", *scores, "size/disk_mb", "speed/decode_tok_s") if name in known]
+    columns = [*(f"params.`{name}`" for name in dict.fromkeys((*SHOWN_PARAMS, *params))), *(f"metrics.`{name}`" for name in figures), "attributes.`Duration`"]
+    wanted = f"tags.`lbllm.sweep` = '{sweep}'" if sweep else ""
+    text = json.dumps({"searchFilter": wanted, "orderByKey": "attributes.start_time", "orderByAsc": True, "selectedColumns": columns}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
     try:
         _probe(home / "mlflow.db")
-        wanted = f"tags.`lbllm.sweep` = '{sweep}'" if sweep else ""
-        runs = client.search_runs([experiment_id], wanted)
-        metrics = {name for run in runs for name in run.data.metrics}
-        scores = [name for name in sorted(metrics) if name.startswith("eval/") and "stderr" not in name]
-        figures = [name for name in ("size/effective_bpw", *scores, "size/disk_mb", "speed/decode_tok_s") if name in metrics]
-        params = sorted({name for run in runs for name in run.data.params if name not in SHOWN_PARAMS and not name.startswith("model.")})
-        moved = [name for name in params if len({run.data.params.get(name) for run in runs}) > 1]  # a default is not logged
-        columns = [*(f"params.`{name}`" for name in (*SHOWN_PARAMS, *moved)), *(f"metrics.`{name}`" for name in figures), "attributes.`Duration`"]
-        view = {"searchFilter": wanted, "orderByKey": "attributes.start_time", "orderByAsc": True, "selectedColumns": columns}
-        text = json.dumps(view, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", text)
+        _client(home).set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", text)
     except Exception as error:
-        log.warning("MLflow's store did not take the view of the sweep %s (%s)", sweep, _brief(error))
+        log.warning("MLflow's store did not take the view of %s (%s)", sweep or "all runs", _brief(error))
         return ""
     return key
 

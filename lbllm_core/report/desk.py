@@ -90,8 +90,7 @@ def render(rows: Sequence[RunRow], kept: Mapping[str, Kept], page: Page) -> str:
     shown = drawn(rows)
     of_bits = [(name, found) for name, found in points(rows).items() if found]
     costs = [(name, [p for p in found if p["minutes"]]) for name, found in of_bits]
-    histograms = [(row, activation_charts(row, kept.get(row.run_id, Kept()))) for row in shown]
-    with_histograms = [(row, charts) for row, charts in histograms if charts]
+    with_histograms = [row for row in shown if kept.get(row.run_id, Kept()).activations.get("act_quant")]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = Markup
     return environment.get_template(TEMPLATE).render(
@@ -109,7 +108,7 @@ def render(rows: Sequence[RunRow], kept: Mapping[str, Kept], page: Page) -> str:
         errors=error_charts(shown, kept),
         losses=loss_charts(shown, kept),
         without=without_curves(shown, kept),
-        histograms=with_histograms[:MOST_HISTOGRAMS],
+        histograms=[(row, activation_charts(row, kept[row.run_id])) for row in with_histograms[:MOST_HISTOGRAMS]],
         histograms_left=len(with_histograms) - len(with_histograms[:MOST_HISTOGRAMS]),
         samples=[(row, kept[row.run_id].samples) for row in shown if kept.get(row.run_id, Kept()).samples],
         differs=_plain_table("What differs", differences(rows), [row for row in rows if row.run_id]),

@@ -8,13 +8,16 @@ runs that its points lead to, transparent, letters as shapes so that they lie th
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+SPARE: Mapping[str, float] = MappingProxyType({"left": 0.75, "right": 0.15, "top": 0.35, "bottom": 0.5})  # inches around the axes of a chart
 MOST_LABELS = 14  # points that are called by name; of more, those on the Pareto lines
 MOST_LINES = 60  # of a table that is a picture
 LINE_POINTS = 9.5  # height of a label, in points
@@ -30,18 +33,19 @@ class Line:
     dashed: bool = False
 
 
-def _figure(width: float, height: float, rows: int = 0) -> tuple[Any, Any]:
-    """A figure and its axes; with `rows`, a list of so many, one above the other."""
+def _figure(width: float, height: float, margins: Mapping[str, float] | None = None) -> tuple[Any, Any]:
+    """A figure and its axes. Without margins (inches: left, right, top, bottom) they are fitted to the labels, which takes three drawings."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
     FigureCanvasAgg(figure)
-    panels = [figure.add_subplot(max(rows, 1), 1, 1 + i) for i in range(max(rows, 1))]
-    for panel in panels:
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-    return figure, panels if rows else panels[0]
+    axes = figure.add_subplot()
+    if margins:
+        figure.subplots_adjust(margins["left"] / width, margins["bottom"] / height, 1 - margins["right"] / width, 1 - margins["top"] / height)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -122,7 +126,7 @@ def table_picture(cells: Sequence[Sequence[str]], path: Path, title: str) -> Pat
         cells = [*cells[: MOST_LINES + 1], left_out]
     widths = [max(len(line[i]) for line in cells) + 2 for i in range(len(cells[0]))]
     total, lines = sum(widths), len(cells)
-    figure, axes = _figure(max(4.0, 0.085 * total), 0.3 * lines + 0.6)
+    figure, axes = _figure(max(4.0, 0.085 * total), 0.3 * lines + 0.6, {"left": 0.1, "right": 0.1, "top": 0.35, "bottom": 0.1})
     axes.set_axis_off()
     axes.set_xlim(0, total)
     axes.set_ylim(lines, -0.6)
@@ -166,7 +170,7 @@ def _scatter(measured: Sequence[Mapping[str, Any]], title: str, label: str) -> A
     """Perplexity `value` over `at`: points with error bars, a colour a model, the Pareto line of each, teachers as dashed lines."""
     from lbllm_core.report.runs import pareto
 
-    figure, axes = _figure(7.2, 4.4)
+    figure, axes = _figure(7.2, 4.4, SPARE)
     models = list(dict.fromkeys(str(p["model"]) for p in measured))
     values = [float(p["value"]) for p in measured] + [float(p["teacher"]) for p in measured if p["teacher"]]
     if max(values) > 4 * min(values) > 0:
@@ -212,7 +216,7 @@ def _label_points(figure: Any, axes: Any, measured: Sequence[Mapping[str, Any]])
 
 def lines_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str) -> str:
     """Curves as SVG, in the colour of their run; y is logarithmic when everything is positive. The legend is the reader's affair."""
-    figure, axes = _figure(5.2, 3.2)
+    figure, axes = _figure(5.2, 3.2, SPARE)
     for line in lines:
         few = len(line.points) <= 40
         axes.plot(
@@ -240,25 +244,23 @@ def histogram_chart(blocks: Sequence[tuple[str, Sequence[int], Sequence[float], 
     """Histograms of one site one above the other, with their clips (outer pair of lines) and knees (inner pair), as SVG.
 
     `blocks`: `(name, counts over -1..1, learned, searched)`, the last two as `clip_max, clip_min, knee_low, knee_high`; `searched` (dotted)
-    may be empty, knees are drawn where they are above 0.
+    may be empty, knees are drawn where they are above 0. Heights are logarithms of counts, each histogram over its own largest.
     """
-    figure, axes = _figure(5.2, 1.25 * len(blocks) + 0.6, rows=len(blocks))
-    for panel, (name, counts, learned, searched) in zip(axes, blocks, strict=True):
+    figure, axes = _figure(5.2, 0.9 * len(blocks) + 0.8, SPARE)
+    for place, (_, counts, learned, searched) in enumerate(reversed(blocks)):
         edges = [-1 + 2 * i / len(counts) for i in range(len(counts) + 1)]
-        panel.stairs([max(c, 0.5) for c in counts], edges, fill=True, color="#9db4c9", baseline=0.5)
-        panel.set_yscale("log")
+        top = math.log1p(max(counts))
+        axes.stairs([place + 0.85 * math.log1p(c) / top for c in counts], edges, fill=True, color="#9db4c9", baseline=place)
         for factors, style in ((searched, ":"), (learned, "-")):
             if factors:
                 clip_max, clip_min, knee_low, knee_high = factors
-                for at, colour in ((clip_max, COLOURS[1]), (-clip_min, COLOURS[1]), (knee_high * clip_max, COLOURS[4]), (-knee_low * clip_min, COLOURS[4])):
-                    panel.axvline(at, color=colour, linestyle=style, linewidth=1.2)
-        panel.set_ylabel(name, fontsize=8)
-        panel.tick_params(labelsize=7)
-        panel.set_xlim(-1.08, max(1.08, *(abs(v) for v in learned[:2])) if learned else 1.08)
-    for panel in axes[:-1]:
-        panel.set_xticklabels([])
-    axes[-1].set_xlabel("share of the token's range", fontsize=8)
-    axes[0].set_title(title, fontsize=9)
+                axes.vlines([clip_max, -clip_min], place, place + 0.92, colors=COLOURS[1], linestyles=style, linewidth=1.2)
+                axes.vlines([x for x in (knee_high * clip_max, -knee_low * clip_min) if x], place, place + 0.92, colors=COLOURS[4], linestyles=style, linewidth=1.2)
+    axes.set_yticks([i + 0.4 for i in range(len(blocks))], [name for name, *_ in reversed(blocks)], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("share of the token's range", fontsize=8)
+    axes.set_title(title, fontsize=9)
     return as_svg(figure, title)
 
 

@@ -26,7 +26,6 @@ from flows.sweep_record import checked_name, latest_record
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.errors import LbllmError
 from lbllm_core.report.runs import RunRow, measured
-from tasks.tracking import share_columns
 
 METRICS = "//div[normalize-space(text())='Metrics:']/following-sibling::div[1]/div[1]"
 
@@ -73,8 +72,7 @@ def compare_page(page: Browser, home: Path, rows: list[RunRow], folder: Path) ->
 def runs_page(page: Browser, home: Path, rows: list[RunRow], name: str, folder: Path) -> None:
     """The sweep's rows with the columns that matter."""
     settle_mlflow(page, home)
-    experiment = rows[0].link.partition("/experiments/")[2].partition("/")[0]
-    page.go(f"{lab_book.address(home)}/#/experiments/{experiment}/runs?viewStateShareKey={share_columns(home, experiment, name)}")
+    page.go(lab_book.columns_address(home, rows, name))
     page.wait_for("matching runs", "size/effective_bpw")
     page.picture(folder / "mlflow-runs.png", settle=2)
 
