@@ -33,7 +33,7 @@ class PrefectPage:
         if now - self._last < EVERY_SECONDS and progress.done < progress.total:
             return
         self._last = now
-        percent, line = 100.0 * progress.units / max(progress.total, 1), describe(progress, left)
+        percent, line = 100.0 * progress.units / max(progress.total, 1), f"{self.step}: {describe(progress, left, bar=False)}"
         try:
             if self._artifact is None:
                 self._artifact = create_progress_artifact(progress=percent, description=line)

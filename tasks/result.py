@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def link_to_mlflow(address: str) -> str:
     """Put the way to the run's row in MLflow on its page in Prefect, at once: a run that fails has it too. Returns the address."""
     try:
-        create_link_artifact(link=address, link_text="this run in MLflow", key="mlflow", description="The run in MLflow (served by `make up`)")
+        create_link_artifact(link=address, link_text="this run in MLflow", key="mlflow", description=f"[This run in MLflow]({address}), served by `make up`")
     except Exception:
         log.warning("the link to MLflow could not be put on Prefect's page; it is %s", address)
     return address

@@ -73,16 +73,18 @@ class Terminal:
         self.stream.flush()
 
 
-def describe(progress: Progress, seconds_left: float | None) -> str:
+def describe(progress: Progress, seconds_left: float | None, bar: bool = True) -> str:
     """One line: `weight_distill  block 3 of 30 [##........]  loss 0.0123 (0.0456 before)  1650 tokens/s  4 min left`.
 
-    The block in work is the one named; a finished step names its last.
+    The block in work is the one named; a finished step names its last. Without `bar` for a page that draws one and names the step.
     """
     filled = int(10 * progress.units / max(progress.total, 1))
     begun = min(progress.done + (progress.share > 0), progress.total)
     part = f" ({100 * progress.share:.0f} %)" if progress.share else ""
     left = "" if seconds_left is None or progress.done >= progress.total else f"{duration(seconds_left)} left"
-    parts = (f"{progress.step:18s} {progress.unit} {begun} of {progress.total}{part} [{'#' * filled}{'.' * (10 - filled)}]", *_figures(progress.figures), left)
+    where = f"{progress.unit} {begun} of {progress.total}{part}"
+    place = f"{progress.step:18s} {where} [{'#' * filled}{'.' * (10 - filled)}]" if bar else where
+    parts = (place, *_figures(progress.figures), left)
     return "  ".join(part for part in parts if part)
 
 

@@ -117,10 +117,11 @@ def test_prefect_mirrors_the_table_and_links_both_ways(desk: Desk, page: Browser
     from tasks.tracking import store_uri
 
     row = desk.rows[0]
-    page.go(MlflowClient(store_uri(desk.stack.home)).get_run(row.run_id).data.tags["lbllm.prefect"])
+    address = MlflowClient(store_uri(desk.stack.home)).get_run(row.run_id).data.tags["lbllm.prefect"]
+    page.go(re.sub(r":\d+/", f":{desk.stack.prefect}/", address))  # a kept home was made on another port
     page.wait_for("Completed", "lbllm", "evaluate_model")
-    page.click("Artifacts")
-    page.wait_for("result", "mlflow", "this run in MLflow")
+    page.press("//li[normalize-space(.)='Artifacts']")
+    page.wait_for("result", "mlflow", "This run in MLflow", "weight_distill: block 2 of 2", "tokens/s")
     page.go(f"http://127.0.0.1:{desk.stack.prefect}/artifacts/key/result")
     page.wait_for("result")
     page.go(f"http://127.0.0.1:{desk.stack.prefect}/runs")

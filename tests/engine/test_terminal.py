@@ -50,6 +50,7 @@ def test_a_line_says_where_it_is() -> None:
     assert line.startswith("weight_distill")
     assert "block 3 of 30 (50 %)" in line
     assert line.endswith("loss 0.0123 (0.0456 before)  1650 tokens/s  4 min left")
+    assert describe(Progress("weight_distill", 2, 30, "block", {"loss": 0.5}), 240.0, bar=False) == "block 2 of 30  loss 0.5  4 min left"
     done = describe(Progress("weight_distill", 30, 30, "block", figures | {"block_rel_mse": 0.2}), 0.0)
     assert "block 30 of 30 [##########]" in done
     assert "error 0.2" in done
