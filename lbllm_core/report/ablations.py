@@ -37,6 +37,11 @@ FAMILIES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "data_size": ("Calibration sequences", ("008", "016", "032", "128")),
         "data_source": ("Calibration text", ()),
         "kv4": ("Keys and values in 4 bits", ()),
+        "joint": ("Weights and activations in one stage, by learning rate", ()),
+        "order": ("Order of the columns in stage 1", ("stored", "heaviest")),
+        "pairing": ("Pairing of levels", ("low_high", "outer_inner")),
+        "predecessor": ("The predecessor, with and without outlier channels", ("outliers_off", "outliers_on")),
+        "snap": ("Levels on their int8 grid while they learn", ("off", "on")),
     }
 )
 # our variant -> the published row of the same change

@@ -56,6 +56,6 @@ def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config
         beta_start=config.beta_start,
         beta_end=config.beta_end,
     )
-    before = error_on_sample(job, build_block(job.teacher_block, start, "fixed"))
+    before = error_on_sample(job, build_block(job.teacher_block, start, "fixed", scheme.kv_bits if config.joint else 16))
     figures = train_block(block, job, plan)
     return read_state(block, start), {"error_before": before, **figures}
