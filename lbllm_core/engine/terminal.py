@@ -3,7 +3,7 @@
 On a terminal one line is rewritten in place; into a file or a pipe whole lines are written, no control characters, and not
 more often than every few seconds. The time left is the measured time a unit of *this* attempt times the units that remain:
 blocks that an earlier attempt finished cost nothing now and are not counted, nor is what came before the first unit (a step
-says when that begins). The first unit also fills caches, so it is left out as soon as two others are done.
+says when that begins). The first unit also fills caches, so it is left out as soon as another one is done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lbllm_core.engine.progress import Progress
 
 QUIET_SECONDS = 5.0
 SHOWN_FIGURES = 3
-SETTLED_UNITS = 2.0  # done after the first one, which is left out of the mean from then on
+SETTLED_UNITS = 1.0  # done after the first one, which is left out of the mean from then on
 
 
 class Clock:

@@ -26,7 +26,7 @@ def test_a_slow_first_unit_is_left_out_once_others_tell() -> None:
     clock = Clock(0.0)
     clock.left(block(0, begins=True), 0.0)
     clock.left(block(1), 60.0)
-    assert clock.left(block(2), 70.0) == pytest.approx(35.0 * 28), "two blocks: their mean"
+    assert clock.left(block(2), 70.0) == pytest.approx(10.0 * 28), "the second block alone"
     assert clock.left(block(3), 80.0) == pytest.approx(10.0 * 27)
 
 
