@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test generate export up down status config lint kernels tables clean
-.PHONY: sweep sweep-status sweep-retry compare screenshots
+.PHONY: sweep sweep-status sweep-retry compare screenshots test-browser bench-desk
 export PROMPT ONLY
 .PHONY: preflight doctor test-faults test-long docs
 
@@ -43,8 +43,8 @@ run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... s
 config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for machines that run `python -m lbllm_core.run --config`
 	@$(PY) -m flows.launch config $(ARGS)
 
-sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name ARGS='section.field=value'
-	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --overrides $(ARGS)
+sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name QUESTION="..." ARGS='section.field=value'
+	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --question "$$QUESTION" --overrides $(ARGS)
 
 sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last one
 	@$(PY) -m flows.sweep status --sweep "$$SWEEP"
@@ -52,7 +52,7 @@ sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last on
 sweep-retry: kernels ## the same sweep again, what failed or was stopped: SWEEP=name, without it the last one
 	@$(PY) -m flows.sweep retry --sweep "$$SWEEP"
 
-compare: $(STAMP) ## table and pictures of finished runs: SWEEP=name, without it all of them
+compare: $(STAMP) ## a report of the runs side by side (HTML, Markdown, pictures): SWEEP=name, without it all of them
 	@$(PY) -m flows.compare "$$SWEEP"
 
 preflight: kernels ## what a run would need (time, memory, disk, what binds) and whether it fits; ARGS as for `make run`
@@ -97,6 +97,12 @@ status: $(STAMP) ## what of it runs, and where
 
 screenshots: $(STAMP) ## pictures of a sweep in MLflow and Prefect, into docs/pictures: SWEEP=name (needs chromium and chromium-driver)
 	@$(PY) tests/e2e/screenshots.py "$$SWEEP"
+
+test-browser: kernels ## the desk in a real browser: a sweep of six small cells, MLflow's and Prefect's pages, the report (needs chromium and chromium-driver)
+	@$(PY) -m pytest tests/e2e/desk_in_browser.py $(TESTS)
+
+bench-desk: $(STAMP) ## 200 runs of 500 metrics in a store of their own: how long a comparison takes; RECORD=1 keeps it in results/desk.json
+	@$(PY) tests/e2e/bench_desk.py --time-left $(if $(RECORD),--record results/desk.json)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	@$(PY) -m ruff check .

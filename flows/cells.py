@@ -31,13 +31,14 @@ READABLE = 60  # letters of a name that the words make
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. `overrides` go to every cell; `name` is empty where the words shall name the sweep."""
+    """What was asked for. `overrides` go to every cell; `name` is empty where the words shall name the sweep; `question` is what it is to find out."""
 
     models: tuple[str, ...] = ()
     experiments: tuple[str, ...] = ()
     seeds: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     name: str = ""
+    question: str = ""
 
 
 @dataclass(frozen=True)

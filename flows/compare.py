@@ -1,128 +1,36 @@
-"""`make compare`: the runs of a sweep, or all runs, side by side, as Markdown and as pictures.
+"""`make compare`: the runs of a sweep, or all runs, side by side, as one HTML page, as Markdown and as pictures.
 
-    python -m flows.compare [SWEEP]      writes $LBLLM_HOME/compare/<sweep or all>.md, .png and -bits.png
+    python -m flows.compare [SWEEP]      writes $LBLLM_HOME/compare/<sweep or all>.html, .md, .png and -<perplexity>.png
 
-What is compared is read from MLflow's store; this is the only file that reads it (`tasks/tracking.py` writes). It works on a
-sweep that is half finished: a row that is still running, or failed, is shown as such, with what it has measured so far. A run
-that MLflow calls running, but whose process is gone, is *stopped*. Cells that have no row yet are added from the sweep's own
-record. Of several runs of one configuration in one sweep the newest counts, finished ones first.
-
-The tables themselves are pure functions in `lbllm_core/report/runs.py`.
+The runs are read by `flows/lab_book.py`. It works on a sweep that is half finished: a row that is still running, or failed, is shown
+as such, with what it has measured so far; cells that have no row yet are added from the sweep's own record. The page is made by
+`lbllm_core/report/desk.py`, the tables are pure functions in `lbllm_core/report/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote, urlparse
+from urllib.parse import quote
 
-from filelock import FileLock, Timeout
-
-from flows import servers
+from flows.compose import published
+from flows.lab_book import compare_address, kept, list_address, read_rows
 from flows.sweep_record import checked_name, read_record
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import LbllmError
+from lbllm_core.pipeline import STAGES
+from lbllm_core.report import desk
 from lbllm_core.report.plots import perplexity_against_bits, table_picture
 from lbllm_core.report.runs import RunRow, differences, lineage_table, measured, run_table, teacher_table
+from lbllm_core.report.standing import BEST, TIE, standings
 from lbllm_core.report.tables import Cells, markdown, plain
-from tasks.tracking import store_uri
 
-STATES = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "stopped", "SCHEDULED": "running"}
-ARTIFACT_TAG = "lbllm.artifact."
-PAGE = 1000
 ORDER = ("finished", "running", "stopped", "failed", "planned")
-
-
-def read_rows(home: Path, sweep: str = "") -> list[RunRow]:
-    """The runs in a home's lab book, oldest first; with `sweep` only its own. Empty when there is no lab book yet."""
-    if not (home / "mlflow.db").exists():
-        return []
-    from mlflow import MlflowClient
-
-    client = MlflowClient(store_uri(home))
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    wanted = f"tags.`lbllm.sweep` = '{sweep}'" if sweep else "tags.`lbllm.config` != ''"
-    found: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs(experiments, wanted, max_results=PAGE, page_token=token, order_by=["attributes.start_time ASC"])
-        found += page
-        token = page.token
-        if not token:
-            return newest([_row(run, home) for run in found])
-
-
-def newest(rows: Sequence[RunRow]) -> list[RunRow]:
-    """One row a configuration, in order of first appearance: the newest finished one, else the newest."""
-    kept: dict[str, RunRow] = {}
-    for row in rows:
-        before = kept.get(row.digest)
-        if before is None or row.state == "finished" or before.state != "finished":
-            kept[row.digest or row.run_id] = row
-    return list(kept.values())
-
-
-def _row(run: Any, home: Path) -> RunRow:
-    tags, info = run.data.tags, run.info
-    digest = tags.get("lbllm.config", "")
-    state = STATES.get(info.status, str(info.status).lower())
-    if state == "running" and not _alive(home, digest):
-        state = "stopped"
-    lineage = {name.removeprefix(ARTIFACT_TAG): key for name, key in tags.items() if name.startswith(ARTIFACT_TAG)}
-    link = f"{address(home)}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
-    fields = _config(info.artifact_uri) or dict(run.data.params)
-    error = "" if state == "finished" else tags.get("lbllm.error", "")
-    return RunRow(info.run_id, state, (info.start_time or 0) / 1000, fields, dict(run.data.metrics), lineage, error, digest, tags.get("lbllm.sweep", ""), link)
-
-
-def _alive(home: Path, digest: str) -> bool:
-    """Whether a process holds the row: the lab book keeps this lock while its run lasts."""
-    try:
-        with FileLock(home / "runs" / f"{digest[:16]}.lock").acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:
-        return False
-
-
-def _config(artifact_uri: str) -> dict[str, Any]:
-    """The run's resolved configuration as 'section.field': value; empty when it is not at hand."""
-    path = Path(unquote(urlparse(artifact_uri).path)) / "config.json"
-    try:
-        sections = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    flat: dict[str, Any] = {}
-    for name, value in sections.items():
-        flat |= {f"{name}.{leaf}": inner for leaf, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def address(home: Path) -> str:
-    """Where MLflow's page is, or will be after `make up`."""
-    server = servers.running(home, "mlflow")
-    return f"http://{servers.HOST}:{server.port if server else servers.mlflow_port()}"
-
-
-def compare_address(home: Path, rows: Sequence[RunRow]) -> str:
-    """MLflow's compare page with these runs."""
-    runs = json.dumps([row.run_id for row in rows], separators=(",", ":"))
-    experiments = json.dumps(sorted({row.link.partition("/experiments/")[2].partition("/")[0] for row in rows}), separators=(",", ":"))
-    return f"{address(home)}/#/compare-runs?runs={quote(runs)}&experiments={quote(experiments)}"
-
-
-def list_address(home: Path, rows: Sequence[RunRow], sweep: str) -> str:
-    """MLflow's list of the sweep's runs."""
-    experiment = next((row.link.partition("/experiments/")[2].partition("/")[0] for row in rows), "1")
-    wanted = f"tags.`lbllm.sweep` = '{sweep}'"
-    return f"{address(home)}/#/experiments/{experiment}/runs?searchFilter={quote(wanted)}"
+MARKS = {BEST: " ★", TIE: " ≈"}
 
 
 def with_planned(rows: Sequence[RunRow], home: Path, sweep: str) -> list[RunRow]:
@@ -138,7 +46,7 @@ def with_planned(rows: Sequence[RunRow], home: Path, sweep: str) -> list[RunRow]
 
 
 def page(rows: Sequence[RunRow], name: str, home: Path, pictures: Sequence[Path]) -> str:
-    """The whole comparison as Markdown."""
+    """The comparison as Markdown: the tables of the HTML page that a text can hold."""
     finished = [row for row in rows if row.state == "finished"]
     linked = [row for row in rows if row.link]
 
@@ -146,8 +54,8 @@ def page(rows: Sequence[RunRow], name: str, home: Path, pictures: Sequence[Path]
         return f"[{row.title}]({row.link})" if row.link else row.title
 
     counts = ", ".join(f"{sum(row.state == state for row in rows)} {state}" for state in ORDER if any(row.state == state for row in rows))
-    parts = [f"# Comparison: {name}", f"{len(rows)} runs ({counts}), read on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}. Behind `±` stands a standard error of the evaluation data, in brackets the figure over that of the run's own teacher (x) or its share (%). Minutes are the work in the final model and the teacher's evaluation."]
-    parts.append(markdown(run_table(rows, link)))
+    parts = [f"# Comparison: {name}", f"{len(rows)} runs ({counts}), read on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}. Behind `±` stands a standard error of the evaluation data, in brackets the figure over that of the run's own teacher (x) or its share (%). ★ is the best finished run of its model, ≈ one within a standard error of their difference. Minutes are the work in the final model and the teacher's evaluation."]
+    parts.append(markdown(_marked(rows, link)))
     parts += [f"![{picture.stem}]({quote(picture.name)})" for picture in pictures]
     for title, cells in (("Teachers", teacher_table(rows)), ("What differs", differences(finished or rows, link)), ("Lineage", lineage_table(linked, link))):
         if len(cells) > 1:
@@ -162,6 +70,32 @@ def page(rows: Sequence[RunRow], name: str, home: Path, pictures: Sequence[Path]
     return "\n\n".join(parts) + "\n"
 
 
+def _marked(rows: Sequence[RunRow], title: Callable[[RunRow], str] = lambda row: row.title) -> Cells:
+    """The table of runs with its best and tied figures marked."""
+    marks = {name: standings(rows, name) for name in measured(rows)}
+    return run_table(rows, title, lambda place, name, text: text + MARKS.get(marks[name].get(place, ""), ""))
+
+
+def what_steps_kept(rows: Sequence[RunRow], home: Path) -> dict[str, desk.Kept]:
+    """By run id: curves, histograms and sample texts of its steps, where they are."""
+    found = {}
+    for row in rows:
+        curves = {step: value for step in STAGES if isinstance(value := kept(row, step, "curves.json", home), dict)}
+        activations = {step: value["blocks"] for step in ("act_quant", "end_to_end") if isinstance(value := kept(row, step, "activations.json", home), dict)}
+        samples = kept(row, "pack_and_benchmark", "samples.json", home)
+        found[row.run_id] = desk.Kept(curves, activations, samples if isinstance(samples, list) else ())
+    return found
+
+
+def html_page(rows: Sequence[RunRow], name: str, home: Path) -> str:
+    """The whole comparison as one HTML page."""
+    linked = [row for row in rows if row.link]
+    record = read_record(home, name)
+    addresses = {"MLflow: compare page": compare_address(home, linked), "MLflow: list of runs": list_address(home, linked, "" if name == "all" else name)} if linked else {}
+    about = desk.Page(name, f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}", record.question if record else "", addresses, published())
+    return desk.render(rows, what_steps_kept(desk.drawn(rows), home), about)
+
+
 def compare(home: Path, sweep: str = "") -> tuple[str, list[Path]]:
     """Write the comparison; returns the table for a terminal and the files. A sentence when there is nothing to compare yet."""
     rows = with_planned(read_rows(home, sweep), home, sweep)
@@ -174,26 +108,15 @@ def compare(home: Path, sweep: str = "") -> tuple[str, list[Path]]:
     folder = home / "compare"
     folder.mkdir(exist_ok=True)
     pictures = [table_picture(run_table(rows), folder / f"{name}.png", f"{name}: {len(rows)} runs")]
-    pictures += perplexity_against_bits(_points(rows), folder, name)
-    text = folder / f"{name}.md"
+    pictures += perplexity_against_bits(desk.points(rows), folder, name)
+    text, report = folder / f"{name}.md", folder / f"{name}.html"
     write_atomic(text, page(rows, name, home, pictures).encode())
-    return _for_terminal(rows), [text, *pictures]
-
-
-def _points(rows: Sequence[RunRow]) -> dict[str, list[dict[str, Any]]]:
-    """For each perplexity the runs that have it, as plain values for the plot, and their teachers at 16 bits."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in (n for n in measured(rows) if n.startswith("ppl_")):
-        for row in rows:
-            bits, value = row.figures.get("size/effective_bpw"), row.value(name)
-            if bits is not None and value is not None:
-                point = {"title": row.title, "model": row.text("model.name"), "bits": bits, "value": value, "error": row.value(f"{name}_stderr") or 0.0}
-                found.setdefault(name, []).append(point | {"teacher": row.of_teacher(name)})
-    return found
+    write_atomic(report, html_page(rows, name, home).encode())
+    return _for_terminal(rows), [report, text, *pictures]
 
 
 def _for_terminal(rows: Sequence[RunRow]) -> str:
-    tables: list[Cells] = [run_table(rows), teacher_table(rows), differences(rows)]
+    tables: list[Cells] = [_marked(rows), teacher_table(rows), differences(rows)]
     text = "\n".join(plain(cells) for cells in tables if len(cells) > 1)
     failures = [f"{row.title} ({row.state}): {row.error}" for row in rows if row.error]
     return text + ("\n" + "\n".join(failures) + "\n" if failures else "")

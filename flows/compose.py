@@ -14,6 +14,7 @@ Composing is not thread-safe (Hydra keeps a global), hence the lock.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,28 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
     if found:
         raise ConfigError([explain(problem, origins) for problem in found])
     return config_from_dict(composed)
+
+
+def about(experiment: str) -> str:
+    """What an experiment tests, by the comment that its file begins with; empty where there is none."""
+    try:
+        lines = (CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    comment = [line.removeprefix("#").strip() for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+    return " ".join(line for line in comment if line != "@package _global_")
+
+
+def published() -> dict[str, tuple[str, dict[str, float]]]:
+    """`{experiment: (model, {row/metric: published value})}` of the `paper_*` experiments, as their files say. Loads and composes nothing."""
+    found = {}
+    for name in groups()["experiment"]:
+        content = _read(name) if name.startswith("paper_") else {}
+        expected = (content.get("evaluation") or {}).get("expected")
+        model = next((choice["override /model"] for choice in content.get("defaults", ()) if isinstance(choice, dict) and "override /model" in choice), "")
+        if expected:
+            found[name] = (str(model), {str(key): float(value) for key, value in expected.items()})
+    return found
 
 
 def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:

@@ -14,7 +14,8 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.compose import compose
+from flows.compose import about, compose
+from flows.lab_book import run_address
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.preflight import preflight
 from lbllm_core.pipeline import check_gate
@@ -24,7 +25,7 @@ from tasks.evaluate_model import evaluate_model
 from tasks.evaluate_teacher import evaluate_teacher
 from tasks.pack_and_benchmark import pack_and_benchmark
 from tasks.ptq_init import ptq_init
-from tasks.result import publish
+from tasks.result import link_to_mlflow, publish
 from tasks.score_requests import score_requests
 from tasks.step import Run, prepare_logging
 from tasks.tracking import LabBook
@@ -47,7 +48,8 @@ def lbllm(model: str = "", experiment: str = "", scheme: str = "", dataset: str 
     config = compose([*(f"{key}={value}" for key, value in choices.items() if value), *(overrides or [])])
     home = home_folder()
     preflight(config, home)
-    with LabBook(config, home) as book:
+    with LabBook(config, home, about(config.experiment), flow_run.ui_url or "") as book:
+        link = link_to_mlflow(run_address(home, book.experiment_id, book.run_id)) if book.run_id else ""
         run = Run(config, home, book)
         teacher = evaluate_teacher(run)
         check_gate(config, teacher)
@@ -64,4 +66,4 @@ def lbllm(model: str = "", experiment: str = "", scheme: str = "", dataset: str 
         if config.evaluation.requests:
             for scored in (None, final):  # the teacher, then the packed model
                 score_requests(run, packed=scored)
-        return publish(run, book)
+        return publish(run, book, link)

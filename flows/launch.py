@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from flows import servers
+from flows import lab_book, servers
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.errors import LbllmError
@@ -108,6 +108,9 @@ def up(home: Path) -> int:
             servers.start_deployment(home, prefect.port)
     print(f"Prefect   http://{servers.HOST}:{prefect.port}")
     print(f"MLflow    http://{servers.HOST}:{mlflow.port}")
+    columns = lab_book.columns_address(home, lab_book.read_rows(home))
+    if columns:
+        print(f"          the newest runs with the columns that matter: {columns}")
     print("serving   lbllm/full-pipeline, lbllm-sweep/sweep")
     print()
     prefix = Path(sys.executable).parent / "prefect"

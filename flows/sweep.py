@@ -28,9 +28,10 @@ from typing import Any
 
 from filelock import Timeout
 
-from flows import compare, prefect_runs, servers
+from flows import lab_book, prefect_runs, servers
 from flows.cell_process import CellEnd, run_cell
 from flows.cells import Cell, Request, cells, words
+from flows.compose import about
 from flows.sweep_record import CellRecord, SweepRecord, checked_name, latest_record, read_record, sweep_lock, write_record
 from flows.sweep_report import Planned, end_table, expected_time, failures, plan_table, show_status
 from lbllm_core.engine.artifacts import home_folder
@@ -39,7 +40,7 @@ from lbllm_core.engine.terminal import duration
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.forecast import Forecaster
 from lbllm_core.report.tables import plain
-from tasks.tracking import close_rows, share_columns
+from tasks.tracking import close_rows, describe_experiment
 
 Show = Callable[[str], None]
 
@@ -79,7 +80,9 @@ class _Sweep:
         self.name, self.found, self.home, self.show, self.detail = name, found, home, show, detail
         asked = {key: list(getattr(request, key)) for key in ("models", "experiments", "seeds", "overrides")}
         blank = tuple(_blank(cell) for cell in found)
-        self.record = SweepRecord(name, asked, blank, datetime.now().astimezone().isoformat(timespec="seconds"))
+        earlier = read_record(home, name)
+        question = request.question or (earlier.question if earlier else "")
+        self.record = SweepRecord(name, asked, blank, datetime.now().astimezone().isoformat(timespec="seconds"), question=question)
         self.overheads: list[float] = []
 
     def run(self) -> SweepRecord:
@@ -90,6 +93,8 @@ class _Sweep:
         waiting = [index for index, cell in enumerate(self.record.cells) if cell.state == "planned"]
         self.show(f"Sweep {self.name}: {len(planned)} cells, {len(waiting)} to run\n\n{plain(plan_table(planned))}")
         if waiting:
+            if any(cell.config.tracking.enabled for cell in self.found):
+                describe_experiment(self.home, self.name, _description(self.record))
             self.show(f"Time of what is missing: {expected_time([planned[i].forecast for i in waiting])} (one cell at a time; starting a cell is not counted)")
             with servers.prefect_for_this_run(self.home) as port:
                 self._work(waiting, port)
@@ -142,20 +147,19 @@ class _Sweep:
         self.show("\n" + plain(end_table(self.record, self.home)))
         for sentence in failures(self.record):
             self.show(sentence)
-        rows = compare.read_rows(self.home, self.name)
+        rows = lab_book.read_rows(self.home, self.name)
         if rows:
-            experiment = rows[0].link.partition("/experiments/")[2].partition("/")[0]
-            key = share_columns(self.home, experiment, self.name)
+            columns = lab_book.columns_address(self.home, rows, self.name)
             running = servers.running(self.home, "mlflow")
             self.show("In MLflow" + ("" if running else " (not running now: `make up` serves it there)"))
-            self.show(f"  compare page   {compare.compare_address(self.home, rows)}")
-            self.show(f"  filtered list  {compare.list_address(self.home, rows, self.name)}")
-            if key:
-                self.show(f"  with columns   {compare.address(self.home)}/#/experiments/{experiment}/runs?viewStateShareKey={key}")
+            self.show(f"  compare page   {lab_book.compare_address(self.home, rows)}")
+            self.show(f"  filtered list  {lab_book.list_address(self.home, rows, self.name)}")
+            if columns:
+                self.show(f"  with columns   {columns}")
         self.show(f"Side by side: make compare SWEEP={self.name}")
 
     def _finished_rows(self) -> set[str]:
-        return {row.digest for row in compare.read_rows(self.home, self.name) if row.state == "finished"}
+        return {row.digest for row in lab_book.read_rows(self.home, self.name) if row.state == "finished"}
 
     def _note(self, index: int, **changes: Any) -> None:
         self.record = replace(self.record.with_cell(index, replace(self.record.cells[index], **changes)), updated=time.time())
@@ -167,6 +171,15 @@ class _Sweep:
     def _prefixed(self, index: int) -> Show:
         front = f"[{index + 1}/{len(self.found)}] "
         return lambda line: self.detail(front + line)
+
+
+def _description(record: SweepRecord) -> str:
+    """What the sweep is to find out, and what its experiments are, for the experiment's page in MLflow (Markdown)."""
+    models, experiments = (list(dict.fromkeys(getattr(cell, name) for cell in record.cells)) for name in ("model", "experiment"))
+    seeds = list(dict.fromkeys(str(cell.seed) for cell in record.cells))
+    told = [f"- `{name}`: {about(name)}" for name in experiments]
+    asked = [record.question, f"Sweep `{record.name}`: {', '.join(models)}; seeds {', '.join(seeds)}; {len(record.cells)} cells.", *told]
+    return "\n".join(line for line in asked if line)
 
 
 def _blank(cell: Cell) -> CellRecord:
@@ -181,7 +194,7 @@ def asked_before(home: Path, name: str) -> Request:
     if record is None:
         known = ", ".join(sorted(path.stem for path in (home / "sweeps").glob("*.json"))) or "none"
         raise ConfigError([f"SWEEP: there is no sweep {name!r} to retry; sweeps of {home}: {known}"])
-    return Request(**{key: tuple(values) for key, values in record.asked.items()}, name=record.name)
+    return Request(**{key: tuple(values) for key, values in record.asked.items()}, name=record.name, question=record.question)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for option in ("models", "experiments", "seeds"):
         parser.add_argument(f"--{option}", default="", help="words separated by commas or blanks")
     parser.add_argument("--sweep", default="", help="the sweep's name; without it the words name it")
+    parser.add_argument("--question", default="", help="what it is to find out: its description in MLflow and in the report")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.field=value", help="for every cell")
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cell is stopped
@@ -200,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = checked_name(chosen.sweep) if chosen.sweep and chosen.action != "run" else chosen.sweep  # a run tells all problems at once
         if chosen.action == "status":
             return show_status(home, name)
-        typed = Request(words(chosen.models), words(chosen.experiments), words(chosen.seeds), tuple(chosen.overrides), name)
+        typed = Request(words(chosen.models), words(chosen.experiments), words(chosen.seeds), tuple(chosen.overrides), name, chosen.question)
         with disk_errors_told():
             record = run_sweep(asked_before(home, name) if chosen.action == "retry" else typed, home, _print, _print)
     except LbllmError as error:

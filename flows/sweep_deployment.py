@@ -13,6 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
 from flows.cells import Request
+from flows.lab_book import columns_address, read_rows
 from flows.sweep import SweepError, run_sweep
 from flows.sweep_report import end_table, failures
 from lbllm_core.engine.artifacts import home_folder
@@ -34,16 +35,19 @@ def lbllm_sweep(
     seeds: list[int] | None = None,
     overrides: list[str] | None = None,
     sweep: str = "",
+    question: str = "",
 ) -> list[list[str]]:
     """Run models x experiments x seeds, only what is missing. Returns the end's table; fails when a cell failed."""
     prepare_logging()
     log = get_run_logger()
     home = home_folder()
     first, second, third, fourth = (tuple(dict.fromkeys(map(str, given or ()))) for given in (models, experiments, seeds, overrides))
-    record = run_sweep(Request(first, second, third, fourth, sweep), home, log.info, log.info)
+    record = run_sweep(Request(first, second, third, fourth, sweep, question), home, log.info, log.info)
     table = end_table(record, home)
     failed = failures(record)
     text = markdown(table) + "".join(f"\n- {sentence}" for sentence in failed)
+    columns = columns_address(home, read_rows(home, record.name), record.name)
+    text += f"\n[The runs in MLflow]({columns})\n" if columns else ""
     try:
         create_markdown_artifact(markdown=text, key="sweep", description=record.name)
     except Exception:

@@ -41,7 +41,7 @@ class CellRecord:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """A sweep: the words that were typed (`models`, `experiments`, `seeds`, `overrides`) and its cells."""
+    """A sweep: the words that were typed (`models`, `experiments`, `seeds`, `overrides`), its cells, and what it is to find out."""
 
     name: str
     asked: Mapping[str, list[str]]
@@ -49,6 +49,7 @@ class SweepRecord:
     started: str = ""
     seconds_left: float | None = None
     updated: float = field(default=0.0)
+    question: str = ""
 
     def with_cell(self, index: int, cell: CellRecord) -> SweepRecord:
         """The record with one cell replaced."""

@@ -192,6 +192,7 @@ class PackConfig:
     prefill_tokens: int = number(512, 8, 1 << 17, help="prompt length of the prefill figure")
     decode_tokens: int = number(32, 2, 1 << 17, help="tokens of one decode measurement")
     repeats: int = number(3, 1, 100, help="measured repetitions after one warm-up")
+    sample_tokens: int = number(32, 0, 4096, help="new tokens of each sample text, written by teacher and packed model; 0: none")
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class TrackingConfig:
 
     enabled: bool = flag(True, help="log to MLflow")
     experiment: str = text("lbllm", help="MLflow experiment")
-    sweep: str = text(help="tag shared by the cells of one sweep")
+    sweep: str = text(help="tag shared by the cells of one sweep, which has an MLflow experiment of its own")
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def baseline_config(config: RunConfig, row: str) -> RunConfig:
 
     Rows beside the final one are measured by perplexity alone: zero-shot tasks would double the time of a run.
     """
-    changed = replace(config, pack=replace(config.pack, benchmark=False), evaluation=replace(config.evaluation, tasks=()))
+    changed = replace(config, pack=replace(config.pack, benchmark=False, sample_tokens=0), evaluation=replace(config.evaluation, tasks=()))
     if row in ("stage1_explicit", "rtn"):
         changed = replace(changed, scheme=replace(changed.scheme, level_mode="explicit", level_family="free", group_size=64))
     if row == "rtn":

@@ -33,7 +33,7 @@ def main(file: Path) -> int:
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
 
     def report(p: Progress) -> None:
-        print(MARK + json.dumps({"step": p.step, "done": p.done, "total": p.total, "unit": p.unit, "figures": dict(p.figures)}), flush=True)
+        print(MARK + json.dumps({"step": p.step, "done": p.done, "total": p.total, "unit": p.unit, "figures": dict(p.figures), "share": p.share, "begins": p.begins}), flush=True)
 
     inputs = {role: Path(folder) for role, folder in request["inputs"].items()}
     context = StepContext(config, inputs, Path(request["folder"]), Path(request["home"]), report)

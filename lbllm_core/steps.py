@@ -4,14 +4,15 @@
     evaluate_teacher     -                          metrics only
     ptq_init             -                          student: block_000.safetensors ..., student.json, curves.json
     weight_distill       student                    student
-    act_quant            student                    student
-    end_to_end           student                    student
-    pack_and_benchmark   student                    packed/ (a model folder), packing.json
+    act_quant            student                    student, activations.json
+    end_to_end           student                    student, activations.json
+    pack_and_benchmark   student                    packed/ (a model folder), packing.json, samples.json
     evaluate_model       packed, teacher            metrics only
     score_requests       packed, or nothing         scores.safetensors
 
 Stages are pure; files are touched here and in the ledger. `curves.json` holds what is a curve rather than a number:
-`{"name": [[index, value], ...]}`, such as the error of each block. A step that died is called again with the same folder and
+`{"name": [[index, value], ...]}`, such as the error of each block; `activations.json` the histogram of each site's activations
+and its clips and knees, `samples.json` what teacher and packed model write after the same words. A step that died is called again with the same folder and
 goes on from its ledger.
 """
 
@@ -39,6 +40,7 @@ from lbllm_core.model.student import BlockState, block_file, load_block, state_t
 
 STUDENT_SCHEMA = 1
 SCORES = "scores.safetensors"
+PROMPT_TOKENS = 24  # of a sample text
 
 
 class _Bench:
@@ -92,7 +94,7 @@ def sweep_here(step: str, context: StepContext, ranks: Ranks = ALONE) -> list[di
     return sweep(bench.decoder, bench.ids, work, plan, Ledger(context.folder), bench.hardware, context.report, store)
 
 
-def _sweep(step: str, context: StepContext) -> list[dict[str, float]]:
+def _sweep(step: str, context: StepContext) -> list[dict[str, Any]]:
     """A step's sweep, here or in `hardware.gpus` processes."""
     count = context.config.hardware.gpus
     if count == 1:
@@ -111,7 +113,7 @@ def ptq_init(context: StepContext) -> Metrics:
     errors = [v for block in figures for k, v in block.items() if k.startswith("weight_error/")]
     snaps = [v for block in figures for k, v in block.items() if k.startswith("snap_error/")]
     curves = {"weight_error": [sum(v for k, v in b.items() if k.startswith("weight_error/")) / 7 for b in figures]}
-    _finish(context, "ptq_init", len(figures), curves)
+    _finish(context, "ptq_init", len(figures), {name: _by_index(values) for name, values in curves.items()})
     return {"stage1/weight_error": sum(errors) / len(errors), "stage1/snap_error_added": sum(snaps) / len(snaps)}
 
 
@@ -122,7 +124,10 @@ def weight_distill(context: StepContext) -> Metrics:
 
 def act_quant(context: StepContext) -> Metrics:
     """Stage 3. Metrics as stage 2, now with quantized activations."""
-    return _block_metrics("stage3", _sweep("act_quant", context), context)
+    figures = _sweep("act_quant", context)
+    if all("activations" in b for b in figures):
+        _write_json(context.folder / "activations.json", {"blocks": [b["activations"] for b in figures]})
+    return _block_metrics("stage3", figures, context)
 
 
 def end_to_end(context: StepContext) -> Metrics:
@@ -135,14 +140,17 @@ def end_to_end(context: StepContext) -> Metrics:
     start = (load_block(context.inputs["student"], i, variant, act_group) for i in range(len(bench.decoder.blocks)))
     refinement = Refinement(bench.decoder, c.end_to_end, c.scheme, bench.hardware, c.seed)
     ledger = Ledger(context.folder, "checkpoint")
-    states, history = refine(refinement, bench.ids, start, ledger, context.report)
+    made = refine(refinement, bench.ids, start, ledger, context.report)
     blocks = Ledger(context.folder)
-    for index, state in enumerate(states):
+    for index, state in enumerate(made.states):
         blocks.save(index, state_tensors(state), {})
     for leftover in context.folder.glob("checkpoint_*"):
         leftover.unlink()
-    losses = [h["loss"] for h in history]
-    _finish(context, "end_to_end", len(states), {"loss": losses})
+    sites = [{site: {"learned": [f.clip_max, f.clip_min, f.knee_low, f.knee_high]} for site, f in state.sites.items()} for state in made.states]
+    _write_json(context.folder / "activations.json", {"blocks": sites})
+    losses = [h["loss"] for h in made.history]
+    curves = {"loss": losses, "error_before": made.error_before, "error_after": made.error_after}
+    _finish(context, "end_to_end", len(made.states), {name: _by_index(values) for name, values in curves.items() if values})
     fifth = max(1, len(losses) // 5)
     return {"stage4/kl_first": sum(losses[:fifth]) / fifth, "stage4/kl_last": sum(losses[-fifth:]) / fifth} if losses else {}
 
@@ -161,6 +169,7 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     Metrics: bits itemised, bytes, integers compared, SQNR of the logits, and speed of packed model and teacher.
     """
     from lbllm_core.evaluation.packed_check import check_integers, check_logits, require
+    from lbllm_core.evaluation.samples import sample_texts
     from lbllm_core.evaluation.speed import measure_packed, measure_teacher
     from lbllm_core.model.load import load_teacher
     from lbllm_core.model.packed_folder import load_packed, pack_student
@@ -187,6 +196,9 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     check |= {"logits_sqnr_db": min(logits.logits_sqnr_db, 999.0), "worst_linear_sqnr_db": min(logits.worst_linear_sqnr_db, 999.0)}
     detail = {"paths": list(integers.paths), "worst_linear": logits.worst_linear, "worst_block": logits.worst_block, "size": size, "check": check}
     _write_json(context.folder / "packing.json", detail)
+    if c.pack.sample_tokens:
+        texts = sample_texts({"teacher": on_device, "packed": packed}, teacher.tokenizer, _prompts(c, teacher.tokenizer, context.home), c.pack.sample_tokens)
+        _write_json(context.folder / "samples.json", texts)
     speed: dict[str, float] = {}
     if c.pack.benchmark:
         del teacher, on_device, fake, packed
@@ -249,6 +261,14 @@ def _check_ids(c: RunConfig, tokenizer: Any, home: Path) -> Tensor:
     return calibration_tokens(c, tokenizer, home).flatten()[: min(c.pack.check_tokens, c.model.context)][None]
 
 
+def _prompts(c: RunConfig, tokenizer: Any, home: Path) -> Tensor:
+    """The openings of three calibration sequences, from start, middle and end, `(3, PROMPT_TOKENS)` (fewer where there are fewer)."""
+    from lbllm_core.data.tokens import calibration_tokens
+
+    ids = calibration_tokens(c, tokenizer, home)
+    return ids[sorted({0, len(ids) // 2, len(ids) - 1}), : min(PROMPT_TOKENS, c.model.context // 2)]
+
+
 def _with_sites(state: BlockState, variant: str) -> BlockState:
     """Default factors where no stage has learned any (a packed model always has some)."""
     if variant == "none" or state.sites:
@@ -262,15 +282,22 @@ def activation_format(c: RunConfig) -> tuple[str, int]:
     return variant, c.scheme.act_group_size if variant == "per_group" else 0
 
 
-def _block_metrics(section: str, figures: list[dict[str, float]], context: StepContext) -> Metrics:
+def _block_metrics(section: str, figures: list[dict[str, Any]], context: StepContext) -> Metrics:
     errors = [b["block_rel_mse"] for b in figures]
-    curves = {name: [b[name] for b in figures] for name in ("block_rel_mse", "loss_before", "loss_after") if all(name in b for b in figures)}
+    names = ("block_rel_mse", "error_before", "error_after", "loss_before", "loss_after")
+    curves = {name: _by_index([b[name] for b in figures]) for name in names if all(name in b for b in figures)}
+    if all("losses" in b for b in figures):  # the x axis counts blocks, a step is a part of one
+        curves["loss"] = [[i + share, loss] for i, b in enumerate(figures) for share, loss in b["losses"]]
     step = {"stage2": "weight_distill", "stage3": "act_quant"}[section]
     _finish(context, step, len(figures), curves)
     return {f"{section}/block_rel_mse_mean": sum(errors) / len(errors), f"{section}/block_rel_mse_last": errors[-1]}
 
 
-def _finish(context: StepContext, stage: str, n_blocks: int, curves: dict[str, list[float]]) -> None:
+def _by_index(values: list[float]) -> list[list[float]]:
+    return [[i, value] for i, value in enumerate(values)]
+
+
+def _finish(context: StepContext, stage: str, n_blocks: int, curves: dict[str, list[list[float]]]) -> None:
     """The files that make a folder a student: what it is, how it was made so far, and its curves."""
     folder, c = context.folder, context.config
     missing = [block_file(folder, i).name for i in range(n_blocks) if not block_file(folder, i).exists()]
@@ -279,7 +306,7 @@ def _finish(context: StepContext, stage: str, n_blocks: int, curves: dict[str, l
     recipe = [*(_student(context.inputs["student"])["recipe"] if "student" in context.inputs else []), [stage, settings]]
     about = {"schema": STUDENT_SCHEMA, "stage": stage, "n_blocks": n_blocks, "scheme": asdict(c.scheme), "recipe": recipe}
     _write_json(folder / "student.json", about)
-    _write_json(folder / "curves.json", {name: [[i, v] for i, v in enumerate(values)] for name, values in curves.items()})
+    _write_json(folder / "curves.json", curves)
 
 
 def _student(folder: Path) -> dict[str, Any]:

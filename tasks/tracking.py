@@ -1,9 +1,11 @@
 """What a run writes into MLflow, the lab book.
 
-One flat run a configuration, found again by its tag `lbllm.config`: a run that was killed goes on in the same row and ends
+An experiment a question: a sweep has one of its own, with what it compares as its description; single runs share another. In it
+one flat run a configuration, found again by its tag `lbllm.config`: a run that was killed goes on in the same row and ends
 as FINISHED. Metrics are buffered and sent in batches (one call costs as much as five hundred metrics). A name with a slash
 becomes a section of charts: `stage2/loss`, `eval/ppl_...`, `size/...`; rows beside the final one carry their own name in
-front.
+front. Curves count blocks or steps from 1; `training_loss` of a stage that works block by block counts hundredths of a block.
+A step that was reused brings its curves along.
 
 The lab book must never cost the run: every entry is kept until the store took it, in order and with its own time; what could
 not be delivered when the run ends lies in `$LBLLM_HOME/mlflow-pending/`, and the next run delivers it.
@@ -21,6 +23,7 @@ import logging
 import os
 import sqlite3
 import time
+from collections.abc import Iterable
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,14 +35,17 @@ from lbllm_core.config import SECTIONS, RunConfig, config_to_dict, digest, selec
 from lbllm_core.engine.artifacts import MANIFEST
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.engine.progress import Progress
-from lbllm_core.pipeline import Finished
+from lbllm_core.pipeline import STAGES, Finished
+from tasks import run_texts
 from tasks.row_guard import RowGuard
+from tasks.system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)
 FLUSH_SECONDS = 10.0
 RETRY_SECONDS = 60.0  # between attempts while the store is down
 BUSY_SECONDS = 3.0
 ROW_SECONDS = 2.0  # a row is never locked for longer, except by the run that owns it
+NOTE, OURS = "mlflow.note.content", "lbllm.description"  # what MLflow shows as the description, and what we wrote there
 SHOWN_PARAMS = ("model.name", "experiment", "scheme.name", "seed")
 SECTION_OF = {
     "evaluate_teacher": "eval",
@@ -78,15 +84,22 @@ class Entries:
     resume: bool = True
     run_id: str = ""
     events: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    experiment_id: str = ""
 
 
 class LabBook:
-    """The MLflow row of one run; a context manager that ends it as FINISHED, FAILED or KILLED."""
+    """The MLflow row of one run; a context manager that ends it as FINISHED, FAILED or KILLED.
 
-    def __init__(self, config: RunConfig, home: Path):
+    `about`: what the run tests, a sentence; `prefect`: the address of its page there. Both become its description.
+    """
+
+    def __init__(self, config: RunConfig, home: Path, about: str = "", prefect: str = ""):
         self.config, self.home, self.enabled = config, home, config.tracking.enabled
+        self.about, self.prefect = about, prefect
         self.digest = row_digest(config)
-        self.entries = Entries(config.tracking.experiment, self.digest, _row_name(config))
+        self.entries = Entries(config.tracking.sweep or config.tracking.experiment, self.digest, run_texts.row_name(config))
+        self._told: set[tuple[str, int]] = set()
+        self._system: SystemMetrics | None = None
         self._flushed = time.monotonic()
         self._warned = False
         self._row = _row_lock(home, self.digest)
@@ -104,9 +117,12 @@ class LabBook:
             _deliver_left_over(self.home)
             self._first_page()
             self.flush()
+            self._system = SystemMetrics(self._metrics)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._system is not None:
+            self._system.stop()
         status = "FINISHED" if kind is None else "FAILED" if kind and issubclass(kind, Exception) else "KILLED"
         if error is not None:
             self._note("tags", {"lbllm.error": str(error)[:4000]})
@@ -121,7 +137,15 @@ class LabBook:
     def progress(self, progress: Progress) -> None:
         """A point on the step's curves; figures of single linears stay in the artifact."""
         section = SECTION_OF.get(progress.step, progress.step)
-        self._metrics({f"{section}/{name}": value for name, value in progress.figures.items() if "/" not in name}, progress.done)
+        figures = {name: value for name, value in progress.figures.items() if "/" not in name}
+        at = progress.done
+        if progress.share:  # within a block only its loss
+            figures, at = ({"training_loss": figures["loss"]} if "loss" in figures else {}), _hundredths(progress.units)
+        elif "loss_after" in figures:  # that says the same
+            figures.pop("loss", None)
+        named = {f"{section}/{name}": value for name, value in figures.items()}
+        self._told |= {(name, at) for name in named}
+        self._metrics(named, at)
         if time.monotonic() - self._flushed > (RETRY_SECONDS if self._warned else FLUSH_SECONDS):
             self.flush()
 
@@ -135,7 +159,28 @@ class LabBook:
         self._note("tags", {f"lbllm.artifact.{front}{handle.step}".replace("/", "."): f"{handle.step}/{handle.key[:16]}"})
         manifest = handle.folder(self.home) / MANIFEST
         self._note("file", {"path": str(manifest), "folder": f"manifests/{front}{handle.step}"})
+        if row == "final":
+            self._kept(handle.folder(self.home), handle.step)
         self.flush()
+
+    def _kept(self, folder: Path, step: str) -> None:
+        """What a step left beside its figures: curves (points that this run did not draw itself), histograms, sample texts."""
+        for name in ("curves.json", "activations.json", "samples.json"):
+            if (folder / name).exists():
+                self._note("file", {"path": str(folder / name), "folder": f"steps/{step}"})
+        with suppress(OSError, ValueError):
+            self.text("samples.md", run_texts.samples(json.loads((folder / "samples.json").read_text(encoding="utf-8"))))
+        curves = {}
+        with suppress(OSError, ValueError):
+            curves = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
+        section, by_block = SECTION_OF[step], step in STAGES and step != "end_to_end"
+        for name, points in curves.items():
+            in_blocks = by_block and name == "loss"
+            full = f"{section}/{'training_loss' if in_blocks else name}"
+            for x, value in points:
+                at = _hundredths(x) if in_blocks else int(x) + 1
+                if (full, at) not in self._told:
+                    self._metrics({full: value}, at)
 
     def figures(self, figures: dict[str, float]) -> None:
         """Figures of the run as a whole: what was expected, and by how much it was missed."""
@@ -148,6 +193,11 @@ class LabBook:
     def file(self, path: Path, folder: str = "") -> None:
         """A file beside the run: a plot."""
         self._note("file", {"path": str(path), "folder": folder})
+
+    @property
+    def experiment_id(self) -> str:
+        """MLflow's id of the experiment; empty while the store has not taken anything."""
+        return self.entries.experiment_id
 
     @property
     def run_id(self) -> str:
@@ -181,7 +231,10 @@ class LabBook:
         tags = {"lbllm.model": c.model.name, "lbllm.scheme": c.scheme.name, "lbllm.experiment": c.experiment, "lbllm.home": str(self.home)}
         if c.tracking.sweep:
             tags["lbllm.sweep"] = c.tracking.sweep
-        self._note("tags", tags)
+        if self.prefect:
+            tags["lbllm.prefect"] = self.prefect
+        self._note("tags", tags | {NOTE: run_texts.description(c, self.about, self.prefect)})
+        self.text("environment.json", run_texts.environment())
         self.text("config.json", json.dumps(config_to_dict(c), indent=1, sort_keys=True))
 
     def _metrics(self, figures: dict[str, float], step: int = 0) -> None:
@@ -192,8 +245,8 @@ class LabBook:
         self.entries.events.append({"kind": kind, "content": content})
 
 
-def _row_name(config: RunConfig) -> str:
-    return f"{config.model.name}-{config.scheme.name}-{config.experiment}" + (f"-seed{config.seed}" if config.seed else "")
+def _hundredths(blocks: float) -> int:
+    return round(100 * blocks)
 
 
 def deliver(home: Path, entries: Entries) -> None:
@@ -201,11 +254,10 @@ def deliver(home: Path, entries: Entries) -> None:
     if not entries.events:
         return
     import mlflow.entities as kinds
-    from mlflow import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs a traceback of what is raised; the caller says it in a sentence
     _probe(home / "mlflow.db")
-    client = MlflowClient(store_uri(home))
+    client = _client(home)
     if not entries.run_id:
         entries.run_id = _find_or_create(client, entries, home)
     events = entries.events
@@ -232,6 +284,14 @@ def deliver(home: Path, entries: Entries) -> None:
         del events[:taken]
 
 
+def _client(home: Path) -> Any:
+    """MLflow's client on the home's store; what it says about making its tables is of no use to anybody."""
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    return MlflowClient(store_uri(home))
+
+
 def _probe(store: Path) -> None:
     """Raise sqlite's error within seconds when the store cannot be written: MLflow itself would retry for the better part of an hour."""
     with closing(sqlite3.connect(store, timeout=BUSY_SECONDS)) as connection:
@@ -240,8 +300,7 @@ def _probe(store: Path) -> None:
 
 
 def _find_or_create(client: Any, entries: Entries, home: Path) -> str:
-    found = client.get_experiment_by_name(entries.experiment)
-    experiment = found.experiment_id if found else client.create_experiment(entries.experiment, artifact_location=f"{artifact_uri(home)}/{entries.experiment}")
+    experiment = entries.experiment_id = _experiment(client, entries.experiment, home)
     if entries.resume:
         rows = client.search_runs([experiment], f"tags.`lbllm.config` = '{entries.config_digest}'", max_results=1)
         if rows and rows[0].info.status != "FINISHED":
@@ -276,6 +335,31 @@ def _row_lock(home: Path, digest: str) -> FileLock:
     return FileLock(home / "runs" / f"{digest[:16]}.lock")
 
 
+def _experiment(client: Any, name: str, home: Path) -> str:
+    """The experiment's id; made when it is not there, and brought back when a person deleted it (its name stays taken)."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return str(client.create_experiment(name, artifact_location=f"{artifact_uri(home)}/{name}"))
+    if found.lifecycle_stage != "active":
+        client.restore_experiment(found.experiment_id)
+        log.warning("the MLflow experiment %s had been deleted; it is restored, because runs of it are written", name)
+    return str(found.experiment_id)
+
+
+def describe_experiment(home: Path, name: str, text: str) -> None:
+    """Write what an experiment is to find out as its description, unless a person wrote one. Trouble is only reported."""
+    try:
+        if (home / "mlflow.db").exists():
+            _probe(home / "mlflow.db")
+        client = _client(home)
+        experiment = client.get_experiment(_experiment(client, name, home))
+        if experiment.tags.get(NOTE, experiment.tags.get(OURS)) == experiment.tags.get(OURS):
+            for tag in (OURS, NOTE):
+                client.set_experiment_tag(experiment.experiment_id, tag, text)
+    except Exception as error:
+        log.warning("MLflow's store did not take the description of %s (%s)", name, _brief(error))
+
+
 def close_rows(home: Path, sweep: str, reason: str) -> int:
     """End the rows of a sweep that still say they run, when the caller knows that none of its processes lives; returns how many.
 
@@ -283,9 +367,7 @@ def close_rows(home: Path, sweep: str, reason: str) -> int:
     """
     if not (home / "mlflow.db").exists():
         return 0
-    from mlflow import MlflowClient
-
-    client = MlflowClient(store_uri(home))
+    client = _client(home)
     try:
         _probe(home / "mlflow.db")
         wanted = f"tags.`lbllm.sweep` = '{sweep}' and attributes.status = 'RUNNING'"
@@ -299,29 +381,25 @@ def close_rows(home: Path, sweep: str, reason: str) -> int:
     return len(rows)
 
 
-def share_columns(home: Path, experiment_id: str, sweep: str) -> str:
-    """A view of MLflow's run table with the columns that matter and only this sweep's runs, as the key of its address.
+def share_columns(home: Path, experiment_id: str, metrics: Iterable[str], params: Iterable[str], sweep: str = "") -> str:
+    """A view of MLflow's run table with the columns that matter and, with `sweep`, only its runs, as the key of its address.
 
-    MLflow keeps a shared view as a tag of the experiment, as JSON; `?viewStateShareKey=<key>` opens it. Empty when the store is
-    down or the experiment is gone: the table is there without it.
+    `metrics`: all names that the runs have, of which the view takes some; `params`: those that tell the runs apart. MLflow keeps a
+    shared view as a tag of the experiment, as JSON; `?viewStateShareKey=<key>` opens it. Empty when the store is down or the
+    experiment is gone: the table is there without it.
     """
-    from mlflow import MlflowClient
-
-    client = MlflowClient(store_uri(home))
+    known = set(metrics)
+    scores = [name for name in sorted(known) if name.startswith("eval/") and "stderr" not in name]
+    figures = [name for name in ("size/effective_bpw", *scores, "size/disk_mb", "speed/decode_tok_s") if name in known]
+    columns = [*(f"params.`{name}`" for name in dict.fromkeys((*SHOWN_PARAMS, *params))), *(f"metrics.`{name}`" for name in figures), "attributes.`Duration`"]
+    wanted = f"tags.`lbllm.sweep` = '{sweep}'" if sweep else ""
+    text = json.dumps({"searchFilter": wanted, "orderByKey": "attributes.start_time", "orderByAsc": True, "selectedColumns": columns}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
     try:
-        runs = client.search_runs([experiment_id], f"tags.`lbllm.sweep` = '{sweep}'")
-        metrics = {name for run in runs for name in run.data.metrics}
-        scores = [name for name in sorted(metrics) if name.startswith("eval/") and "stderr" not in name]
-        figures = [name for name in ("size/effective_bpw", *scores, "size/disk_mb", "speed/decode_tok_s") if name in metrics]
-        params = sorted({name for run in runs for name in run.data.params if name not in SHOWN_PARAMS and not name.startswith("model.")})
-        moved = [name for name in params if len({run.data.params.get(name) for run in runs}) > 1]  # a default is not logged
-        columns = [*(f"params.`{name}`" for name in (*SHOWN_PARAMS, *moved)), *(f"metrics.`{name}`" for name in figures), "attributes.`Duration`"]
-        view = {"searchFilter": f"tags.`lbllm.sweep` = '{sweep}'", "orderByKey": "attributes.start_time", "orderByAsc": True, "selectedColumns": columns}
-        text = json.dumps(view, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", text)
+        _probe(home / "mlflow.db")
+        _client(home).set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", text)
     except Exception as error:
-        log.warning("MLflow's store did not take the view of the sweep %s (%s)", sweep, _brief(error))
+        log.warning("MLflow's store did not take the view of %s (%s)", sweep or "all runs", _brief(error))
         return ""
     return key
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +34,19 @@ from lbllm_core.model.student_block import build_block
 TOKENS_A_PASS = 8192
 
 
+Tell = Callable[[float, float, int], None]
+
+
+def untold(share: float, loss: float, tokens: int) -> None:
+    """For a block whose training nobody follows."""
+
+
 @dataclass(frozen=True)
 class BlockJob:
-    """What a stage gets for one block. Streams are `(sequences, tokens, hidden)`; `target` is None when nobody asked for it."""
+    """What a stage gets for one block. Streams are `(sequences, tokens, hidden)`; `target` is None when nobody asked for it.
+
+    `tell(share, loss, tokens)`: how far the block's training is (0..1), its loss, and the tokens it has worked through.
+    """
 
     index: int
     teacher_block: nn.Module
@@ -45,6 +55,7 @@ class BlockJob:
     decoder: Decoder
     surroundings: dict[str, Any]
     hardware: Hardware
+    tell: Tell = untold
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """A block on a batch of hidden states, in the compute type; the result is float32."""
@@ -66,7 +77,7 @@ class SweepPlan:
     kv_bits: int = 16
 
 
-Work = Callable[[BlockJob], tuple[BlockState, dict[str, float]]]
+Work = Callable[[BlockJob], tuple[BlockState, dict[str, Any]]]  # figures of the block; what is not a number is kept, but not shown
 
 
 def passes(stream: HiddenStates) -> list[At]:
@@ -94,6 +105,50 @@ def relative_error(student: HiddenStates, target: HiddenStates, ranks: Ranks = A
     return float(error / energy)
 
 
+@torch.no_grad()
+def error_on_sample(job: BlockJob, block: nn.Module) -> float:
+    """Relative error of a block's output on the first pass of the stream: cheap enough to be taken of a block that is only a start."""
+    assert job.target is not None
+    first = passes(job.inputs)[0]
+    return sample_error(job.run(block, job.inputs[first]), job.target[first], job.hardware.ranks)
+
+
+def sample_error(ours: Tensor, theirs: Tensor, ranks: Ranks) -> float:
+    """`relative_error` of tensors `(sequences, tokens, hidden)`."""
+    error = energy = torch.zeros((), dtype=torch.float64, device=ours.device)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        error = error + (mine[1:].double() - wanted[1:].double()).square().sum()
+        energy = energy + wanted[1:].double().square().sum()
+    ranks.sum_(error, energy)
+    return float(error / energy)
+
+
+class _Watch:
+    """Passes on what a block tells while it is worked on, and keeps its losses for the curves."""
+
+    def __init__(self, step: str, total: int, report: Report):
+        self.step, self.total, self.report = step, total, report
+        self.index, self.began, self.tokens = 0, 0.0, 0
+        self.losses: list[list[float]] = []
+
+    def begin(self, index: int) -> None:
+        self.index, self.began, self.tokens, self.losses = index, time.monotonic(), 0, []
+
+    def tell(self, share: float, loss: float, tokens: int) -> None:
+        self.tokens = tokens
+        self.losses.append([share, loss])
+        self.report(Progress(self.step, self.index, self.total, "block", self._now(tokens), share))
+
+    def end(self, figures: Mapping[str, Any], stream_tokens: int, seconds: float) -> None:
+        shown = {name: value for name, value in figures.items() if isinstance(value, float)}
+        now = self._now(self.tokens or stream_tokens)
+        self.report(Progress(self.step, self.index + 1, self.total, "block", {**now, **shown, "seconds": seconds}))
+
+    def _now(self, tokens: int) -> dict[str, float]:
+        losses = {"loss": self.losses[-1][1], "loss_before": self.losses[0][1]} if self.losses else {}
+        return losses | {"tokens_per_s": tokens / max(time.monotonic() - self.began, 1e-9)}
+
+
 def in_compute_type(block: nn.Module, hardware: Hardware) -> nn.Module:
     """On a GPU, a block's linears as autocast would cast them in every pass: the same numbers, cast once. In place."""
     if hardware.device.type == "cuda" and hardware.compute_dtype != torch.float32:
@@ -106,7 +161,7 @@ def in_compute_type(block: nn.Module, hardware: Hardware) -> nn.Module:
 
 def sweep(
     decoder: Decoder, ids: Tensor, work: Work, plan: SweepPlan, ledger: Ledger, hardware: Hardware, report: Report, store: StorePlan | None = None
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Run `work` over all blocks; results are in the ledger. ids `(sequences, tokens)`. Returns the figures of each block."""
     total, ranks = len(decoder.blocks), hardware.ranks
     ids = ids[ranks.rank :: ranks.size]
@@ -120,11 +175,15 @@ def sweep(
         student = scratch.enter_context(contextlib.closing(embedded(decoder, ids, hardware, store)))
         teacher = scratch.enter_context(contextlib.closing(student.copy())) if plan.needs_target else None
         around = decoder.surroundings(student[slice(0, 1)])
+        watch = _Watch(plan.step, total, report if ranks.first else silent)
         for index in range(total):
+            if index == done:
+                watch.report(Progress(plan.step, done, total, "block", begins=True))
+            watch.begin(index)
             block = decoder.blocks[index]
             if decoder.streamed and plan.needs_target:  # it is ours alone, and only passes are made through it
                 block = in_compute_type(block, hardware)
-            job = BlockJob(index, block, student, None, decoder, around, hardware)
+            job = BlockJob(index, block, student, None, decoder, around, hardware, watch.tell)
             if teacher is not None and not (plan.target_on_student_stream and index < done):
                 advance(job, block, student if plan.target_on_student_stream else teacher, teacher)
                 job = replace(job, target=teacher)
@@ -137,11 +196,14 @@ def sweep(
             if index >= done:
                 if job.target is not None:
                     figures["block_rel_mse"] = relative_error(student, job.target, hardware.ranks)
+                    first = passes(student)[0]
+                    figures["error_after"] = sample_error(student[first], job.target[first], ranks)
+                if watch.losses:
+                    figures["losses"] = watch.losses
                 if ranks.first:
                     ledger.save(index, state_tensors(state), figures)
                 ranks.wait()
-                report_first = report if ranks.first else silent
-                report_first(Progress(plan.step, index + 1, total, "block", {**figures, "seconds": time.monotonic() - started}))
+                watch.end(figures, student.shape[0] * student.shape[1] * ranks.size, time.monotonic() - started)
             del block, job, state
     return [ledger.figures(i) for i in range(total)]
 

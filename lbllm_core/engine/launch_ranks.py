@@ -36,7 +36,7 @@ def run_ranks(count: int, request: Mapping[str, Any], folder: Path, report: Repo
         for line in running.stdout:
             if line.startswith(MARK):
                 about = json.loads(line.removeprefix(MARK))
-                report(Progress(about["step"], about["done"], about["total"], about["unit"], about["figures"]))
+                report(Progress(about["step"], about["done"], about["total"], about["unit"], about["figures"], about.get("share", 0.0), about.get("begins", False)))
             elif line.startswith(FAULT):
                 faults.append(line.removeprefix(FAULT).strip())
     file.unlink(missing_ok=True)

@@ -86,6 +86,7 @@ def train_block(block: nn.Module, job: BlockJob, plan: TrainingPlan) -> dict[str
         if step % CHECK_EVERY == 0 or step == len(order) - 1:
             last = watch.look(ranks.mean(float(loss), job.inputs.device), block)
             first = last if step == 0 else first
+            job.tell((step + 1) / len(order), last, (step + 1) * plan.batch_size * job.inputs.shape[1])
     return {"loss_before": first, "loss_after": last, "train_steps": float(len(order))}
 
 

@@ -57,6 +57,7 @@ def perplexity(
     count, length = token_windows.shape
     rows = max(1, batch_tokens // length)
     losses: list[float] = []
+    report(Progress(name, 0, count, "window", begins=True))
     for start in range(0, count, rows):
         ids = token_windows[start : start + rows].to(device)
         sums = window_losses(forward(ids), ids)

@@ -53,11 +53,29 @@ def strength_table(content: Mapping[str, Any]) -> str:
     return method_table(content["records"], "smollm2_135m")
 
 
+def desk_table(content: Mapping[str, Any]) -> str:
+    """How long a comparison of a full store takes, and how true the time left is."""
+    words = {
+        "desk_compare_s": "`make compare`, from the command to the written page",
+        "desk_read_s": "of it, reading the runs",
+        "desk_page_s": "of it, making the HTML page",
+        "desk_write_s": "writing one run into the store",
+        "time_left_error": "time left after two blocks, relative error",
+    }
+    lines = [["what", "", ""]]
+    for r in content["records"]:
+        error = r["name"] == "time_left_error"
+        what = words.get(r["name"], r["name"]) + (f", {r['step']}" if "step" in r else f" ({r['runs']} runs, {r['metrics_a_run']} metrics each)")
+        lines.append([what, f"{100 * r['value']:.0f}" if error else f"{r['value']:.2f}", "%" if error else str(r["unit"])])
+    return markdown(lines)
+
+
 Table = Callable[[Mapping[str, Any]], str]
 TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
     {
         "pipeline": ("pipeline_cpu.json", pipeline_table),
         "pipeline_times": ("pipeline_cpu.json", times_table),
+        "desk": ("desk.json", desk_table),
         "method": ("method.json", strength_table),
         "zero_shot": ("method.json", lambda content: zero_shot_table(content["records"], "smollm2_135m")),
         "kernels_h100": ("kernels_h100.json", lambda content: product_table(content["records"], "cublas_fp16")),

@@ -1,26 +1,48 @@
-"""Plots as PNG files: perplexity bars and curves over blocks. The only matplotlib import.
+"""Plots as PNG files, and as SVG for a page: perplexity bars, points, curves, histograms. The only matplotlib import.
 
 Drawn on the Agg canvas directly, without pyplot: no window, no global state, safe in threads. Equal data give equal bytes
-(no date in the file), so a cached step's plots are stable.
+(no date in the file), so a cached step's plots are stable. An SVG is a fragment for an HTML page: no address in it but those of the
+runs that its points lead to, transparent, letters as shapes so that they lie the same in every browser.
 """
 
 from __future__ import annotations
 
+import io
+import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+SPARE: Mapping[str, float] = MappingProxyType({"left": 0.75, "right": 0.15, "top": 0.35, "bottom": 0.5})  # inches around the axes of a chart
+MOST_LABELS = 14  # points that are called by name; of more, those on the Pareto lines
+MOST_LINES = 60  # of a table that is a picture
 LINE_POINTS = 9.5  # height of a label, in points
 COLOURS = ("#4c566a", "#b0403a", "#d08a3e", "#3a7ca5", "#4f8f5b", "#7b5ea7")
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Line:
+    """A curve of `lines_chart`: points `(x, y)`, the number of its run's colour, dashed for what was before."""
+
+    points: Sequence[tuple[float, float]]
+    colour: int
+    dashed: bool = False
+
+
+def _figure(width: float, height: float, margins: Mapping[str, float] | None = None) -> tuple[Any, Any]:
+    """A figure and its axes. Without margins (inches: left, right, top, bottom) they are fitted to the labels, which takes three drawings."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    if margins:
+        figure.subplots_adjust(margins["left"] / width, margins["bottom"] / height, 1 - margins["right"] / width, 1 - margins["top"] / height)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
@@ -30,6 +52,24 @@ def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
     return path
+
+
+def as_svg(figure: Any, label: str) -> str:
+    """A figure as an SVG fragment for an HTML page; `label` is what it is called for those who cannot see it."""
+    import html
+
+    from matplotlib import rc_context
+
+    stream = io.StringIO()
+    with rc_context({"svg.hashsalt": "lbllm", "svg.fonttype": "path"}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    view = re.search(r'viewBox="[^"]*"', text)
+    text = re.sub(r"<svg[^>]*>", f'<svg {view[0] if view else ""} role="img" aria-label="{html.escape(label)}">', text, count=1)
+    prefix = "s" + sha256(text.encode()).hexdigest()[:8] + "-"  # names must not meet those of another picture of the page
+    return re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{prefix}", text)
 
 
 def bars(values: Mapping[str, float], path: Path, title: str, label: str, errors: Mapping[str, float] | None = None) -> Path:
@@ -77,10 +117,16 @@ def perplexity_bars(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Pat
 
 
 def table_picture(cells: Sequence[Sequence[str]], path: Path, title: str) -> Path:
-    """A table as a picture: the first column to the left, the others to the right, a light band on every second line."""
+    """A table as a picture: the first column to the left, the others to the right, a light band on every second line.
+
+    Of a very long one only the first lines: a picture is for showing around, the report has everything.
+    """
+    if len(cells) > MOST_LINES + 1:
+        left_out = [f"... {len(cells) - MOST_LINES - 1} more", *[""] * (len(cells[0]) - 1)]
+        cells = [*cells[: MOST_LINES + 1], left_out]
     widths = [max(len(line[i]) for line in cells) + 2 for i in range(len(cells[0]))]
     total, lines = sum(widths), len(cells)
-    figure, axes = _figure(max(4.0, 0.085 * total), 0.3 * lines + 0.6)
+    figure, axes = _figure(max(4.0, 0.085 * total), 0.3 * lines + 0.6, {"left": 0.1, "right": 0.1, "top": 0.35, "bottom": 0.1})
     axes.set_axis_off()
     axes.set_xlim(0, total)
     axes.set_ylim(lines, -0.6)
@@ -100,33 +146,54 @@ def table_picture(cells: Sequence[Sequence[str]], path: Path, title: str) -> Pat
 def perplexity_against_bits(points: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, name: str) -> list[Path]:
     """For each protocol `<folder>/<name>-<protocol>.png`: perplexity over bits a weight, a colour a model, the Pareto line of each.
 
-    `points`: by protocol, dictionaries with `title, model, bits, value, error, teacher`; the teacher is a dashed line.
+    `points`: by protocol, dictionaries with `title, model, bits, value, error, teacher` and `link`; the teacher is a dashed line.
     """
-    return [_scatter(measured, protocol, folder / f"{name}-{protocol}.png") for protocol, measured in points.items()]
+    return [_save(_against_bits(measured, protocol), folder / f"{name}-{protocol}.png") for protocol, measured in points.items()]
 
 
-def _scatter(measured: Sequence[Mapping[str, Any]], protocol: str, path: Path) -> Path:
+def bits_chart(measured: Sequence[Mapping[str, Any]], protocol: str) -> str:
+    """The same picture for one protocol, as SVG whose points lead to their runs."""
+    return as_svg(_against_bits(measured, protocol), f"{protocol} against effective bits")
+
+
+def cost_chart(measured: Sequence[Mapping[str, Any]], protocol: str) -> str:
+    """Perplexity over minutes of work, as SVG; points as in `perplexity_against_bits`, with `minutes`."""
+    figure = _scatter([dict(p) | {"at": p["minutes"]} for p in measured], f"{protocol}: perplexity against minutes of work", "minutes, stages to evaluation")
+    return as_svg(figure, f"{protocol} against minutes")
+
+
+def _against_bits(measured: Sequence[Mapping[str, Any]], protocol: str) -> Any:
+    return _scatter([dict(p) | {"at": p["bits"]} for p in measured], f"{protocol}: perplexity against effective bits", "bits a weight, everything counted")
+
+
+def _scatter(measured: Sequence[Mapping[str, Any]], title: str, label: str) -> Any:
+    """Perplexity `value` over `at`: points with error bars, a colour a model, the Pareto line of each, teachers as dashed lines."""
     from lbllm_core.report.runs import pareto
 
-    figure, axes = _figure(7.2, 4.4)
+    figure, axes = _figure(7.2, 4.4, SPARE)
     models = list(dict.fromkeys(str(p["model"]) for p in measured))
     values = [float(p["value"]) for p in measured] + [float(p["teacher"]) for p in measured if p["teacher"]]
     if max(values) > 4 * min(values) > 0:
         _readable_log_axis(axes)
+    edges: set[tuple[float, float]] = set()
     for index, model in enumerate(models):
         own, colour = [p for p in measured if p["model"] == model], COLOURS[index % len(COLOURS)]
-        axes.errorbar([p["bits"] for p in own], [p["value"] for p in own], yerr=[p["error"] for p in own], fmt="o", markersize=5, capsize=2.5, linewidth=0, elinewidth=0.9, color=colour, label=model)
-        edge = pareto([(float(p["bits"]), float(p["value"])) for p in own])
-        axes.plot([x for x, _ in edge], [y for _, y in edge], color=colour, linewidth=1, alpha=0.5)
+        x, y = [p["at"] for p in own], [p["value"] for p in own]
+        axes.errorbar(x, y, yerr=[p["error"] for p in own], fmt="none", capsize=2.5, elinewidth=0.9, ecolor=colour)
+        axes.scatter(x, y, s=26, color=colour, zorder=3).set_urls([p.get("link") or None for p in own])
+        edge = pareto([(float(p["at"]), float(p["value"])) for p in own])
+        edges |= set(edge)
+        axes.plot([at for at, _ in edge], [value for _, value in edge], color=colour, linewidth=1, alpha=0.5)
         for teacher in sorted({float(p["teacher"]) for p in own if p["teacher"]}):
             axes.axhline(teacher, color=colour, linewidth=1, linestyle="--")
             axes.annotate(f"{model}, teacher {teacher:.3g}", (1, teacher), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8, color=colour)
-    axes.set_xlabel("bits a weight, everything counted")
+    axes.set_xlabel(label)
     axes.set_ylabel("perplexity")
-    axes.set_title(f"{protocol}: perplexity against effective bits", fontsize=10)
+    axes.set_title(title, fontsize=10)
     axes.margins(x=0.08, y=0.12)
-    _label_points(figure, axes, measured)
-    return _save(figure, path)
+    few = len({(p["at"], p["value"]) for p in measured}) <= MOST_LABELS
+    _label_points(figure, axes, [p for p in measured if few or (float(p["at"]), float(p["value"])) in edges])
+    return figure
 
 
 def _label_points(figure: Any, axes: Any, measured: Sequence[Mapping[str, Any]]) -> None:
@@ -134,7 +201,7 @@ def _label_points(figure: Any, axes: Any, measured: Sequence[Mapping[str, Any]])
     figure.draw_without_rendering()  # fixes the layout, so that data have a place on the page
     places: dict[tuple[float, float], list[str]] = {}
     for p in measured:
-        places.setdefault((float(p["bits"]), float(p["value"])), []).append(str(p["title"]).removeprefix(f"{p['model']} "))
+        places.setdefault((float(p["at"]), float(p["value"])), []).append(str(p["title"]).removeprefix(f"{p['model']} ").removeprefix("ablation_"))
     points = {place: axes.transData.transform(place) * 72 / figure.dpi for place in places}
     middle = sum(axes.get_window_extent().intervalx) / 2 * 72 / figure.dpi
     for side in ("left", "right"):
@@ -143,7 +210,58 @@ def _label_points(figure: Any, axes: Any, measured: Sequence[Mapping[str, Any]])
             shift = height - float(points[place][1])
             tie = {"arrowstyle": "-", "color": "#9aa3b2", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if abs(shift) > 2 else None
             offset, align = ((12, "left") if side == "left" else (-12, "right")) if tie else ((7, "left") if side == "left" else (-7, "right"))
-            axes.annotate(", ".join(places[place]), place, xytext=(offset, shift), textcoords="offset points", ha=align, va="center", fontsize=7.5, arrowprops=tie)
+            names = places[place] if len(places[place]) <= 3 else [*places[place][:2], f"{len(places[place]) - 2} more"]
+            axes.annotate(", ".join(names), place, xytext=(offset, shift), textcoords="offset points", ha=align, va="center", fontsize=7.5, arrowprops=tie)
+
+
+def lines_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str) -> str:
+    """Curves as SVG, in the colour of their run; y is logarithmic when everything is positive. The legend is the reader's affair."""
+    figure, axes = _figure(5.2, 3.2, SPARE)
+    for line in lines:
+        few = len(line.points) <= 40
+        axes.plot(
+            [x for x, _ in line.points], [y for _, y in line.points], color=COLOURS[line.colour % len(COLOURS)], linestyle="--" if line.dashed else "-",
+            linewidth=1.1, marker="o" if few else None, markersize=2.5, alpha=0.75 if line.dashed else 1.0,
+        )
+    values = [y for line in lines for _, y in line.points]
+    if min(values) > 0:
+        if max(values) < 30 * min(values):
+            _readable_log_axis(axes)
+        else:
+            axes.set_yscale("log")
+    xs = [x for line in lines for x, _ in line.points]
+    if all(float(x).is_integer() for x in xs):
+        from matplotlib.ticker import MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=10)
+    return as_svg(figure, title)
+
+
+def histogram_chart(blocks: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[float]]], title: str) -> str:
+    """Histograms of one site one above the other, with their clips (outer pair of lines) and knees (inner pair), as SVG.
+
+    `blocks`: `(name, counts over -1..1, learned, searched)`, the last two as `clip_max, clip_min, knee_low, knee_high`; `searched` (dotted)
+    may be empty, knees are drawn where they are above 0. Heights are logarithms of counts, each histogram over its own largest.
+    """
+    figure, axes = _figure(5.2, 0.9 * len(blocks) + 0.8, SPARE)
+    for place, (_, counts, learned, searched) in enumerate(reversed(blocks)):
+        edges = [-1 + 2 * i / len(counts) for i in range(len(counts) + 1)]
+        top = math.log1p(max(counts))
+        axes.stairs([place + 0.85 * math.log1p(c) / top for c in counts], edges, fill=True, color="#9db4c9", baseline=place)
+        for factors, style in ((searched, ":"), (learned, "-")):
+            if factors:
+                clip_max, clip_min, knee_low, knee_high = factors
+                axes.vlines([clip_max, -clip_min], place, place + 0.92, colors=COLOURS[1], linestyles=style, linewidth=1.2)
+                axes.vlines([x for x in (knee_high * clip_max, -knee_low * clip_min) if x], place, place + 0.92, colors=COLOURS[4], linestyles=style, linewidth=1.2)
+    axes.set_yticks([i + 0.4 for i in range(len(blocks))], [name for name, *_ in reversed(blocks)], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("share of the token's range", fontsize=8)
+    axes.set_title(title, fontsize=9)
+    return as_svg(figure, title)
 
 
 def apart(heights: Sequence[float], gap: float) -> list[float]:

@@ -24,6 +24,7 @@ class RunRow:
     """One run. `figures`: metrics by their name in the lab book (`eval/ppl_x`, `teacher/eval/ppl_x`, `size/disk_mb`).
 
     `state`: finished, running, failed, stopped. `fields`: the configuration as 'section.field'. `lineage`: step -> step/key.
+    `folder`: where its files are.
     """
 
     run_id: str
@@ -36,6 +37,7 @@ class RunRow:
     digest: str = ""
     sweep: str = ""
     link: str = ""
+    folder: str = ""
 
     @property
     def title(self) -> str:
@@ -85,10 +87,11 @@ def expected_value(row: RunRow, name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def run_table(rows: Sequence[RunRow], title: Callable[[RunRow], str] = lambda row: row.title) -> Cells:
+def run_table(rows: Sequence[RunRow], title: Callable[[RunRow], str] = lambda row: row.title, marked: Callable[[int, str, str], str] = lambda place, name, text: text) -> Cells:
     """One line a run: who it is, how far it got, bits, each figure with its standard error and recovery, size, speed, minutes.
 
     Columns that no run has a value for are left out; a column of expected values has one of relative differences beside it.
+    `marked(place in rows, figure, text)` may mark a figure.
     """
     columns: list[tuple[str, list[str]]] = [
         ("run", [title(row) for row in rows]),
@@ -98,7 +101,7 @@ def run_table(rows: Sequence[RunRow], title: Callable[[RunRow], str] = lambda ro
         ("bits a weight", [_number(row.figures.get("size/effective_bpw"), "{:.3f}") for row in rows]),
     ]
     for name in measured(rows):
-        columns.append((name, [_figure(row, name) for row in rows]))
+        columns.append((name, [marked(place, name, figure_text(row, name)) for place, row in enumerate(rows)]))
         wanted = [expected_value(row, name) for row in rows]
         if any(w is not None for w in wanted):
             columns.append((f"{name} expected", [_number(w, "{:.4g}") for w in wanted]))
@@ -117,7 +120,7 @@ def teacher_table(rows: Sequence[RunRow]) -> Cells:
     names = measured(rows)
     lines: dict[tuple[str, ...], None] = {}
     for row in rows:
-        figures = [_with_error(row.of_teacher(name), row.of_teacher(stderr_name(name)), name) for name in names]
+        figures = [with_error(row.of_teacher(name), row.of_teacher(stderr_name(name)), name) for name in names]
         if any(figures):
             lines.setdefault((row.text("model.name"), *figures))
     return [["teacher", *names], *[list(line) for line in lines]]
@@ -147,16 +150,18 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def _figure(row: RunRow, name: str) -> str:
+def figure_text(row: RunRow, name: str) -> str:
+    """A figure of the final model with its standard error, and in brackets its ratio to (or share of) the teacher's; empty when not measured."""
     value, teacher = row.value(name), row.of_teacher(name)
     error = row.value(stderr_name(name))
-    text = _with_error(value, error, name)
+    text = with_error(value, error, name)
     if value is None or not teacher or row.text("scheme.weight_bits") == "16":
         return text
     return text + (f" (x{value / teacher:.3g})" if name.startswith("ppl_") else f" ({100 * value / teacher:.0f} %)")
 
 
-def _with_error(value: float | None, error: float | None, name: str) -> str:
+def with_error(value: float | None, error: float | None, name: str) -> str:
+    """`30.00 ± 1.50`, `0.500 ± 0.035`; empty without a value."""
     form = "{:.2f}" if name.startswith("ppl_") else "{:.3f}"
     return _number(value, form) + (f" ± {form.format(error)}" if value is not None and error is not None else "")
 

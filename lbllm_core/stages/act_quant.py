@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lbllm_kernels.activation import POWERS_OF_TWO, ActFactors
 from torch import Tensor, nn
 
 from lbllm_core.config import ActQuantConfig, SchemeConfig
-from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob
+from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob, error_on_sample
 from lbllm_core.engine.train_block import TrainingPlan, train_block
 from lbllm_core.model.blocks import SITES, linears_of_site
 from lbllm_core.model.linear import LearningRates
 from lbllm_core.model.student import BlockState
 from lbllm_core.model.student_block import build_block, read_state
 from lbllm_core.quant.activation import ActQuantizer, fit_planes
+from lbllm_core.quant.activation_histogram import histogram
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)
 KNEES = (0.15, 0.25, 0.4, 0.55)
@@ -34,16 +36,24 @@ def learning_rates(config: ActQuantConfig) -> LearningRates:
     return LearningRates(levels=config.lr_levels * levels, row_scale=config.lr_levels * levels, clips=config.lr_clips * clips, knees=config.lr_knees * clips)
 
 
-def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config: ActQuantConfig, seed: int) -> tuple[BlockState, dict[str, float]]:
-    """Stage 3 of one block: search factors, then train them with the levels."""
+def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config: ActQuantConfig, seed: int) -> tuple[BlockState, dict[str, Any]]:
+    """Stage 3 of one block: search factors, then train them with the levels. Figures also hold the `activations` of each site."""
+    samples: dict[str, Tensor] = {}
+    untrained = start
     if scheme.act_bits == 4:
+        samples = _site_inputs(job, build_block(job.teacher_block, BlockState(start.linears, start.norms, start.biases), "fixed", scheme.kv_bits))
+        untrained = replace(start, sites={site: ActFactors(scheme.act_variant, group_size=_channels(scheme)) for site in samples})
         start = replace(start, sites=search_factors(job, start, scheme))
+    before = error_on_sample(job, build_block(job.teacher_block, untrained, "fixed", scheme.kv_bits))
     block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.trained_family)
     plan = TrainingPlan(
         rates=learning_rates(config), epochs=config.epochs, batch_size=config.batch_size, lr_final=config.lr_final, grad_clip=config.grad_clip, seed=seed
     )
-    figures = train_block(block, job, plan)
-    return read_state(block, start), figures
+    figures: dict[str, Any] = {"error_before": before, **train_block(block, job, plan)}
+    state = read_state(block, start)
+    if samples:
+        figures["activations"] = {site: {"counts": histogram(x), "searched": _numbers(start.sites[site]), "learned": _numbers(state.sites[site])} for site, x in samples.items()}
+    return state, figures
 
 
 @torch.no_grad()
@@ -65,6 +75,14 @@ def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig) -> di
             if error < best_error:
                 found[site], best_error = factors, error
     return found
+
+
+def _channels(scheme: SchemeConfig) -> int:
+    return scheme.act_group_size if scheme.act_variant == "per_group" else 0
+
+
+def _numbers(f: ActFactors) -> list[float]:
+    return [f.clip_max, f.clip_min, f.knee_low, f.knee_high]
 
 
 def _site_inputs(job: BlockJob, block: nn.Module) -> dict[str, Tensor]:

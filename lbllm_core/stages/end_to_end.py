@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lbllm_core.config import EndToEndConfig, SchemeConfig
+from lbllm_core.engine.block_sweep import sample_error
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import Progress, Report
@@ -36,6 +37,7 @@ from lbllm_core.model.student import BlockState
 from lbllm_core.model.student_block import Mode, build_block, constrain, parameter_groups, quant_linears, read_state
 
 LOGIT_ROWS = 1024  # tokens whose logits exist at once
+ERROR_TOKENS = 2048  # on which the error of each block is taken, before and after
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,31 @@ def last_hidden(r: Refinement, blocks: Sequence[nn.Module], ids: Tensor, around:
     return hidden
 
 
-def refine(r: Refinement, ids: Tensor, states: Iterable[BlockState], ledger: Ledger, report: Report) -> tuple[list[BlockState], list[dict[str, float]]]:
-    """Train all blocks. ids `(sequences, tokens)`. Returns the new states and the figures of each step (`loss`, `step`).
+@torch.no_grad()
+def block_errors(r: Refinement, blocks: Sequence[nn.Module], ids: Tensor, around: dict[str, Any]) -> list[float]:
+    """Relative error of the student's hidden states after each block, both streams from the embedding on; ids `(sequences, tokens)`."""
+    ids = ids[: max(1, ERROR_TOKENS // ids.shape[1])]
+    ours = theirs = r.decoder.embed(ids).float()
+    found = []
+    for index, (block, teacher) in enumerate(zip(blocks, r.decoder.blocks, strict=True)):
+        with r.hardware.autocast():
+            ours, theirs = (r.decoder.run_block(b, h, around, index).float() for b, h in ((block, ours), (teacher, theirs)))
+        found.append(sample_error(ours, theirs, r.hardware.ranks))
+    return found
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What stage 4 made: the states, the figures of each step (`loss`, `step`), the error of each block before and after (empty when nothing learned)."""
+
+    states: list[BlockState]
+    history: list[dict[str, float]]
+    error_before: list[float]
+    error_after: list[float]
+
+
+def refine(r: Refinement, ids: Tensor, states: Iterable[BlockState], ledger: Ledger, report: Report) -> Refined:
+    """Train all blocks. ids `(sequences, tokens)`.
 
     The weights behind the codes are not handed on: this is the last stage. `states` may be a generator: one at a time is in memory.
     """
@@ -97,24 +122,31 @@ def refine(r: Refinement, ids: Tensor, states: Iterable[BlockState], ledger: Led
         starts.append(replace(state, linears={}, latents={}))  # what the new block does not hold itself
     groups = [group for block in blocks for group in parameter_groups(block, learning_rates(c))]
     if not groups:
-        return [replace(read_state(block, start), latents={}) for block, start in zip(blocks, starts, strict=True)], []
+        return Refined([replace(read_state(block, start), latents={}) for block, start in zip(blocks, starts, strict=True)], [], [], [])
     for linear in (m for teacher in r.decoder.blocks for m in linears_of(teacher).values()):
         linear.weight.data = linear.weight.data.to(r.hardware.compute_dtype)  # as autocast would cast it in every pass
     around = r.decoder.surroundings(r.decoder.embed(ids[:1]).float())
+    before = block_errors(r, blocks, ids, around)
     update = RecordedStep(groups, lambda batch: _accumulate(r, blocks, around, batch), lambda: _constrain(blocks), c.grad_clip, ids.device)
     batches = _batches(len(ids), c, r.seed)
     history, first = _restore(ledger, c, update)
     started = time.monotonic()
+    report(Progress("end_to_end", first, c.steps, "step", begins=True))
     for step in range(first, c.steps):
         loss = float(update(cosine(step, c.steps, c.lr_final), ids[batches[step].to(ids.device)]))
         if not math.isfinite(loss):
             last = history[-1]["loss"] if history else math.nan
             raise NumericalError(f"stage 4, step {step}: the loss became {loss}; last finite loss {last:.6g}. The checkpoint before it is kept. Try end_to_end.lr_levels ten times lower")
         history.append({"loss": loss, "step": float(step)})
-        report(Progress("end_to_end", step + 1, c.steps, "step", {"loss": loss, "seconds": time.monotonic() - started}))
+        seconds = time.monotonic() - started
+        rate = (step + 1 - first) * c.batch_size * ids.shape[1] / max(seconds, 1e-9)
+        now = {"loss": loss, "loss_before": history[0]["loss"], "tokens_per_s": rate, "seconds": seconds}
+        report(Progress("end_to_end", step + 1, c.steps, "step", now))
         if (step + 1) % c.checkpoint_every == 0 and step + 1 < c.steps:
             _checkpoint(ledger, step // c.checkpoint_every, update, history)
-    return [replace(read_state(block, start), latents={}) for block, start in zip(blocks, starts, strict=True)], history
+    after = block_errors(r, blocks, ids, around)
+    made = [replace(read_state(block, start), latents={}) for block, start in zip(blocks, starts, strict=True)]
+    return Refined(made, history, before, after)
 
 
 def _batches(n: int, c: EndToEndConfig, seed: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lbllm_core.config import SchemeConfig, WeightDistillConfig
-from lbllm_core.engine.block_sweep import BlockJob
+from lbllm_core.engine.block_sweep import BlockJob, error_on_sample
 from lbllm_core.engine.train_block import TrainingPlan, train_block
 from lbllm_core.model.linear import LearningRates
 from lbllm_core.model.student import BlockState
@@ -56,5 +56,6 @@ def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config
         beta_start=config.beta_start,
         beta_end=config.beta_end,
     )
+    before = error_on_sample(job, build_block(job.teacher_block, start, "fixed", scheme.kv_bits if config.joint else 16))
     figures = train_block(block, job, plan)
-    return read_state(block, start), figures
+    return read_state(block, start), {"error_before": before, **figures}

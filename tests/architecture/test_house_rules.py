@@ -73,8 +73,9 @@ def test_conf_and_hydra_are_read_by_compose_alone() -> None:
         assert {m for m in FILES if forbidden in {top(name) for name, _ in IMPORTS[m]}} == {"flows.compose"}
 
 
-def test_mlflow_is_written_by_tracking_alone() -> None:
-    assert {m for m in FILES if "mlflow" in {top(name) for name, _ in IMPORTS[m]}} <= {"tasks.tracking", "flows.compare"}
+def test_mlflow_is_written_by_tracking_and_read_by_the_lab_book() -> None:
+    """`system_metrics` uses MLflow's instruments, and its store through `tracking`."""
+    assert {m for m in FILES if "mlflow" in {top(name) for name, _ in IMPORTS[m]}} <= {"tasks.tracking", "tasks.system_metrics", "flows.lab_book"}
 
 
 @pytest.mark.parametrize("package", OPTIONAL)

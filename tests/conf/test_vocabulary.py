@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.compose import CONF, compose, groups
+from flows.compose import CONF, about, compose, groups, published
 from lbllm_core.config import SECTIONS, RunConfig, select
 from lbllm_core.overrides import field_types
 from lbllm_core.pipeline import SPECS
@@ -153,3 +153,17 @@ def test_composing_in_threads() -> None:
 def test_schema_and_files_agree_on_sections() -> None:
     assert set(groups()) - {"experiment"} <= set(SECTIONS)
     assert isinstance(compose(), RunConfig)
+
+
+def test_published_values_are_those_of_the_composed_files() -> None:
+    found = published()
+    assert len(found) >= 10
+    for name, (model, expected) in found.items():
+        config = compose([f"experiment={name}"])
+        assert (model, expected) == (config.model.name, dict(config.evaluation.expected))
+
+
+def test_every_experiment_says_what_it_tests() -> None:
+    assert not [name for name in groups()["experiment"] if len(about(name)) < 20]
+    assert about("ablation_stage4_off") == "Stage 4, the end-to-end refinement, left out."
+    assert about("no such") == ""

@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,8 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(width: int = 1500, height: int = 900) -> Iterator[Browser]:
-    """A headless Chromium, gone at the end with its profile. BrowserError when it is not installed."""
+def browser(width: int = 1500, height: int = 900, more: Sequence[str] = ()) -> Iterator[Browser]:
+    """A headless Chromium with `more` flags, gone at the end with its profile. BrowserError when it is not installed."""
     driver = shutil.which("chromedriver")
     if driver is None:
         raise BrowserError("chromedriver is not installed: apt-get install chromium chromium-driver")
@@ -100,7 +100,7 @@ def browser(width: int = 1500, height: int = 900) -> Iterator[Browser]:
         url = f"http://127.0.0.1:{port}"
         try:
             _until_ready(url)
-            options = {"args": [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"]}
+            options = {"args": [*FLAGS, *more, f"--user-data-dir={profile}", f"--window-size={width},{height}"]}
             made = _call(f"{url}/session", {"capabilities": {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}})
             try:
                 yield Browser(url, made["sessionId"])

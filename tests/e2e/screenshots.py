@@ -3,6 +3,7 @@
     mlflow-compare.png   MLflow's compare page: parallel coordinates over bits and perplexity, and the parameters that differ
     mlflow-runs.png      MLflow's table of the sweep's runs, with the columns that `make sweep` chose
     prefect-runs.png     Prefect's page of runs, when its server runs (`make up`)
+    report.png           the head of the HTML report of `make compare`
     compare-*.png        what `make compare` draws
 
 Written into docs/pictures (or the folder given). MLflow's page is started for the time of the pictures when it is not up.
@@ -20,12 +21,11 @@ from pathlib import Path
 
 from browser import ESCAPE, Browser, BrowserError, browser
 
-from flows import compare, servers
+from flows import compare, lab_book, servers
 from flows.sweep_record import checked_name, latest_record
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.errors import LbllmError
 from lbllm_core.report.runs import RunRow, measured
-from tasks.tracking import share_columns
 
 METRICS = "//div[normalize-space(text())='Metrics:']/following-sibling::div[1]/div[1]"
 
@@ -37,7 +37,7 @@ def mlflow_page(home: Path) -> Iterator[str]:
     if mine:
         servers.start_mlflow(home, servers.mlflow_port())
     try:
-        yield compare.address(home)
+        yield lab_book.address(home)
     finally:
         if mine:
             servers.stop(home, "mlflow")
@@ -45,7 +45,7 @@ def mlflow_page(home: Path) -> Iterator[str]:
 
 def settle_mlflow(page: Browser, home: Path) -> None:
     """Close the assistant's panel and choose the menu for training, as a person does once; the browser remembers it."""
-    page.go(f"{compare.address(home)}/#/experiments")
+    page.go(f"{lab_book.address(home)}/#/experiments")
     page.wait_for("Model training")
     for label in ("Model training", "Close"):
         with contextlib.suppress(BrowserError):
@@ -56,7 +56,7 @@ def settle_mlflow(page: Browser, home: Path) -> None:
 def compare_page(page: Browser, home: Path, rows: list[RunRow], folder: Path) -> None:
     """Runs side by side: the first perplexity and the bits as axes, then only the parameters that differ."""
     settle_mlflow(page, home)
-    page.go(compare.compare_address(home, rows))
+    page.go(lab_book.compare_address(home, rows))
     page.wait_for(f"Comparing {len(rows)} Runs", "Parameters", *(row.run_id for row in rows))
     page.press(f"{METRICS}//span[contains(@class, 'selection-item-remove')]")  # the first metric of the store, whatever it is
     page.press(METRICS)
@@ -72,8 +72,7 @@ def compare_page(page: Browser, home: Path, rows: list[RunRow], folder: Path) ->
 def runs_page(page: Browser, home: Path, rows: list[RunRow], name: str, folder: Path) -> None:
     """The sweep's rows with the columns that matter."""
     settle_mlflow(page, home)
-    experiment = rows[0].link.partition("/experiments/")[2].partition("/")[0]
-    page.go(f"{compare.address(home)}/#/experiments/{experiment}/runs?viewStateShareKey={share_columns(home, experiment, name)}")
+    page.go(lab_book.columns_address(home, rows, name))
     page.wait_for("matching runs", "size/effective_bpw")
     page.picture(folder / "mlflow-runs.png", settle=2)
 
@@ -87,7 +86,7 @@ def main() -> int:
     try:
         home = home_folder()
         name = checked_name(chosen.sweep) if chosen.sweep else latest_record(home)
-        rows = [row for row in compare.read_rows(home, name) if row.state == "finished"] if name else []
+        rows = [row for row in lab_book.read_rows(home, name) if row.state == "finished"] if name else []
         if len(rows) < 2:
             print(f"the sweep {name!r} has {len(rows)} finished runs; pictures need two (make sweep MODELS=tiny SEEDS=0,1)", file=sys.stderr)
             return 2
@@ -97,6 +96,10 @@ def main() -> int:
                 compare_page(page, home, rows, chosen.folder)
             with browser(1700, 700) as page:
                 runs_page(page, home, rows, name, chosen.folder)
+        with browser(1300, 1600) as page:
+            page.go(next(file for file in files if file.suffix == ".html").as_uri())
+            page.wait_for(f"Comparison: {name}")
+            page.picture(chosen.folder / "report.png")
         prefect = servers.running(home, "prefect")
         if prefect:
             with browser(1500, 900) as page:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lbllm_core.engine.train_block import block_loss, cosine
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.student import load_block, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
+from lbllm_core.quant.activation_histogram import BINS
 from lbllm_core.stages.act_quant import refine_block
 from lbllm_core.stages.end_to_end import Refinement, refine
 from lbllm_core.stages.ptq_init import quantize_block
@@ -163,9 +165,40 @@ def test_streams(bench, students):
 def test_reports_name_step_and_block(bench, students, tmp_path):
     heard = []
     run_stage(bench, "weight_distill", students, tmp_path, report=heard.append)
-    assert [(p.step, p.done, p.total, p.unit) for p in heard] == [("weight_distill", 1, 2, "block"), ("weight_distill", 2, 2, "block")]
+    assert {(p.step, p.total, p.unit) for p in heard} == {("weight_distill", 2, "block")}
+    assert (heard[0].units, heard[0].figures) == (0, {}), "from here on a block's time is measured"
+    assert [p.done for p in heard if p.share == 0] == [0, 1, 2]
+    units = [p.units for p in heard]
+    assert all(a <= b for a, b in pairwise(units)), "it never goes back"
     assert all(math.isfinite(v) for p in heard for v in p.figures.values())
-    assert {"loss_before", "loss_after", "block_rel_mse"} <= heard[0].figures.keys()
+    whole = [p for p in heard[1:] if p.share == 0]
+    assert {"loss", "loss_before", "loss_after", "tokens_per_s", "error_before", "error_after", "block_rel_mse"} <= whole[0].figures.keys()
+    for index, p in enumerate(whole):
+        told = [q for q in heard if q.share and q.done == index]
+        kept = Ledger(tmp_path).figures(index)
+        assert [[q.share, q.figures["loss"]] for q in told] == kept["losses"], "what was told is what the curves show"
+        assert (p.figures["loss"], p.figures["loss_before"]) == (kept["losses"][-1][1], kept["losses"][0][1])
+        assert 0 < kept["error_before"] != kept["error_after"]
+        assert kept["error_after"] == kept["block_rel_mse"], "a short stream is its own sample"
+
+
+def test_error_before_is_that_of_the_block_as_it_came(bench, students, tmp_path):
+    first = load_block(students / "ptq_init", 0, "none")
+    bench.sweep(tmp_path, lambda job: (first, {}), SweepPlan("weight_distill", True))
+    untrained = Ledger(tmp_path).figures(0)["block_rel_mse"]
+    assert Ledger(students / "weight_distill").figures(0)["error_before"] == pytest.approx(untrained, rel=1e-6)
+
+
+def test_activations_of_a_site_are_kept_with_its_factors(students):
+    for index in range(2):
+        sites = Ledger(students / "act_quant").figures(index)["activations"]
+        learned = load_block(students / "act_quant", index, A4.act_variant).sites
+        assert sites.keys() == learned.keys()
+        for site, kept in sites.items():
+            f = learned[site]
+            assert kept["learned"] == pytest.approx([f.clip_max, f.clip_min, f.knee_low, f.knee_high])
+            assert len(kept["counts"]) == BINS
+            assert kept["counts"][-1] > 0, "every token with a positive value has a largest one"
 
 
 def explodes_in_block_1(students):
@@ -219,7 +252,9 @@ E2E = EndToEndConfig(steps=7, batch_size=4, micro_batch=2, checkpoint_every=2)
 
 def refined(bench, students, folder, config=E2E, report=silent):
     states = [load_block(students / "act_quant", i, A4.act_variant) for i in range(2)]
-    return refine(Refinement(bench.decoder, config, A4, CPU, 0), bench.ids, states, Ledger(folder, "checkpoint"), report)
+    made = refine(Refinement(bench.decoder, config, A4, CPU, 0), bench.ids, states, Ledger(folder, "checkpoint"), report)
+    assert len(made.error_before) == len(made.error_after) == 2
+    return made.states, made.history
 
 
 def test_stage_4_moves_codes_only_when_weights_have_a_rate(bench, students, tmp_path):
@@ -255,7 +290,7 @@ def test_end_to_end_resumes_bit_equal(bench, students, tmp_path, died):
         refined(bench, students, tmp_path / "killed", report=report)
     steps = []
     again, resumed = refined(bench, students, tmp_path / "killed", report=lambda p: steps.append(p.done))
-    assert steps[0] == (died - 1) // 2 * 2 + 1
+    assert steps[:2] == [(died - 1) // 2 * 2, (died - 1) // 2 * 2 + 1], "the checkpoint, then the step after it"
     assert steps[-1] == 7
     assert same(again, states)
     assert resumed == history

@@ -70,7 +70,8 @@ def test_nan_names_the_window():
 def test_progress_reaches_the_end():
     heard: list[Progress] = []
     perplexity(lambda x: torch.zeros(*x.shape, 4), torch.zeros(5, 8, dtype=torch.long), 16, heard.append)
-    assert [p.done for p in heard] == [2, 4, 5]
+    assert [p.done for p in heard] == [0, 2, 4, 5]
+    assert [p.begins for p in heard] == [True, False, False, False]
     assert heard[-1].total == 5
 
 

@@ -44,11 +44,20 @@ def test_deployment_as_typed(stack: Stack) -> None:
     assert row.data.params["model.name"] == "tiny"
     assert any(name.startswith("eval/ppl_synthetic") for name in row.data.metrics)
     files = {f.path for f in MlflowClient(store_uri(stack.home)).list_artifacts(row.info.run_id)}
-    assert {"config.json", "result.md", "manifests"} <= files
+    assert {"config.json", "environment.json", "lineage.json", "result.md", "samples.md", "manifests", "plots", "steps"} <= files
+    assert {"stage2/training_loss", "stage2/error_before", "stage2/error_after", "stage2/tokens_per_s", "stage4/loss"} <= set(row.data.metrics)
     (flow_run,) = api(stack, "flow_runs/filter", {})
     assert flow_run["state"]["name"] == "Completed"
     tables = api(stack, "artifacts/latest/filter", {"artifacts": {"key": {"any_": ["result"]}}})
     assert "stage 1 only" in tables[0]["data"]
+    page = f"/runs/{row.info.run_id}"
+    assert page in tables[0]["data"], "the table leads to MLflow"
+    (link,) = api(stack, "artifacts/latest/filter", {"artifacts": {"key": {"any_": ["mlflow"]}}})
+    assert page in link["data"]
+    assert row.data.tags["lbllm.prefect"].endswith(flow_run["id"]), "and MLflow leads back"
+    bars = api(stack, "artifacts/filter", {"artifacts": {"type": {"any_": ["progress"]}}})
+    told = [bar["description"] for bar in bars]
+    assert any("weight_distill" in words and "block 2 of 2" in words and "tokens/s" in words for words in told), told
 
 
 def test_deployment_that_fails_says_so(stack: Stack) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 from flow_stack import ROOT, SMALL, Stack
 from mlflow import MlflowClient
 
-from flows import compare
+from flows import compare, lab_book
 from flows.compose import compose
 from flows.prefect_runs import mark_crashed
 from flows.sweep_record import CellRecord, SweepRecord, read_record, sweep_lock, write_record
 from lbllm_core.engine.artifacts import Handle
 from lbllm_core.pipeline import Finished
+from lbllm_core.report.runs import differences
 from tasks.tracking import LabBook, close_rows, row_digest, store_uri
 
 SHARED = [o for o in SMALL if o != "model=tiny"]
@@ -58,11 +59,12 @@ def test_a_cell_that_cannot_run_does_not_stop_the_others(stack: Stack) -> None:
     assert "/#/compare-runs?runs=" in done.stdout
     assert "searchFilter=tags." in done.stdout
     key = done.stdout.partition("viewStateShareKey=")[2].split()[0]
-    (experiment,) = (e for e in MlflowClient(store_uri(stack.home)).search_experiments() if e.name == "lbllm")
+    (experiment,) = (e for e in MlflowClient(store_uri(stack.home)).search_experiments() if e.name == "of-tests")
     columns = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])["selectedColumns"]
+    assert "tiny, llama2; seeds 0, 3; 4 cells" in experiment.tags["mlflow.note.content"]
     assert {"params.`seed`", "metrics.`eval/ppl_synthetic`", "metrics.`size/effective_bpw`"} <= set(columns)
     assert "Traceback" not in done.stdout + done.stderr
-    rows = compare.read_rows(stack.home, "of-tests")
+    rows = lab_book.read_rows(stack.home, "of-tests")
     assert [(row.state, row.text("seed")) for row in rows] == [("finished", "0"), ("finished", "3")]
     runs = flow_runs(stack, "of-tests")
     assert {run["state"]["type"] for run in runs} == {"COMPLETED"}
@@ -70,14 +72,14 @@ def test_a_cell_that_cannot_run_does_not_stop_the_others(stack: Stack) -> None:
 
 
 def test_the_same_words_run_nothing_again(stack: Stack) -> None:
-    before = {row.run_id for row in compare.read_rows(stack.home, "of-tests")}
+    before = {row.run_id for row in lab_book.read_rows(stack.home, "of-tests")}
     done = sweep(stack, "retry", "--sweep", "of-tests")
     assert done.returncode == 1
     assert "4 cells, 0 to run" in done.stdout
     plans = [line.split() for line in done.stdout.splitlines() if line.startswith("tiny tiny seed ") and line.endswith("done")]
     assert [plan[6:8] for plan in plans] == [["0", "0"], ["0", "0"]], "nothing shared, nothing missing"
     assert list(states(stack).values()) == ["reused", "reused", "failed", "failed"]
-    assert {row.run_id for row in compare.read_rows(stack.home, "of-tests")} == before
+    assert {row.run_id for row in lab_book.read_rows(stack.home, "of-tests")} == before
     assert len(flow_runs(stack, "of-tests")) == 2
 
 
@@ -140,9 +142,12 @@ def test_comparison_of_a_half_finished_sweep(stack: Stack) -> None:
     assert sum("| stopped |" in line for line in lines.values()) == 1, "MLflow calls it running, its process is gone"
     assert "| planned |" in lines["tiny tiny seed 3"], "a cell without a row comes from the record"
     assert "not finite; lower the learning rate" in text
+    html = (stack.home / "compare" / "half.html").read_text()
+    assert "4 runs" in html
+    assert "has kept no curves" in html, "said, not invented"
     assert "/#/experiments/" in text
-    assert {"half.md", "half.png", "half-ppl_x.png"} <= {p.name for p in (stack.home / "compare").iterdir()}
-    differing = compare.differences(compare.read_rows(stack.home, "half"))
+    assert {"half.html", "half.md", "half.png", "half-ppl_x.png"} <= {p.name for p in (stack.home / "compare").iterdir()}
+    differing = differences(lab_book.read_rows(stack.home, "half"))
     assert differing[0] == ["run", "end_to_end.steps"]
 
 
@@ -150,7 +155,7 @@ def test_what_a_killed_cell_leaves_is_closed(stack: Stack) -> None:
     """In MLflow the row of the killed run above; in Prefect a run whose process does not exist, and no other sweep's."""
     assert close_rows(stack.home, "half", "killed (signal 9)") == 1
     assert close_rows(stack.home, "half", "again") == 0
-    (row,) = (row for row in compare.read_rows(stack.home, "half") if row.error == "killed (signal 9)")
+    (row,) = (row for row in lab_book.read_rows(stack.home, "half") if row.error == "killed (signal 9)")
     assert (row.state, row.text("seed")) == ("stopped", "2")
     flow = api(stack, "flows/", {"name": "lbllm"})["id"]
     for tag in ("half", "other"):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from lbllm_core.config import RunConfig
+from lbllm_core.config import RunConfig, TrackingConfig
 from lbllm_core.engine.artifacts import Handle
 from lbllm_core.engine.progress import Progress
 from lbllm_core.pipeline import Finished
-from tasks.tracking import LabBook, store_uri
+from tasks import system_metrics
+from tasks.tracking import LabBook, describe_experiment, store_uri
 
 
 @pytest.fixture
@@ -91,3 +94,74 @@ def test_tracking_off_writes_nothing(home: Path) -> None:
     a_run(home, replace(RunConfig(), tracking=replace(RunConfig().tracking, enabled=False)))
     assert not (home / "mlflow.db").exists()
     assert not (home / "mlflow-pending").exists()
+
+
+def kept_step(home: Path, reused: bool) -> Finished:
+    """A stage 2 whose folder holds the curves of two blocks, and a pack step with sample texts."""
+    handle = Handle("weight_distill", "f" * 64, "b" * 64, {}, reused)
+    folder = handle.folder(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = {"error_after": [[0, 0.2], [1, 0.3]], "loss": [[0.5, 9.0], [1.0, 8.0], [1.5, 7.0], [2.0, 6.0]]}
+    (folder / "curves.json").write_text(json.dumps(curves))
+    return Finished("final", handle, 1.0)
+
+
+def test_a_reused_step_brings_its_curves_and_a_worked_one_is_drawn_once(home: Path) -> None:
+    with LabBook(RunConfig(seed=1), home) as book:
+        book.finished(kept_step(home, True))
+    with LabBook(RunConfig(seed=2), home) as other:
+        for share, loss in ((0.5, 9.0), (1.0, 8.0)):
+            other.progress(Progress("weight_distill", 0, 2, "block", {"loss": loss, "loss_before": 9.0}, share))
+        other.progress(Progress("weight_distill", 1, 2, "block", {"error_after": 0.2, "loss": 8.0, "loss_after": 8.0}))
+        other.finished(kept_step(home, False))
+    client = MlflowClient(store_uri(home))
+    for run in (book.run_id, other.run_id):
+        assert [(m.step, m.value) for m in client.get_metric_history(run, "stage2/error_after")] == [(1, 0.2), (2, 0.3)]
+        assert [(m.step, m.value) for m in client.get_metric_history(run, "stage2/training_loss")] == [(50, 9.0), (100, 8.0), (150, 7.0), (200, 6.0)]
+        assert [f.path for f in client.list_artifacts(run, "steps/weight_distill")] == ["steps/weight_distill/curves.json"]
+    assert not client.get_metric_history(other.run_id, "stage2/loss"), "loss_after says it"
+
+
+def test_a_sweep_has_an_experiment_of_its_own_with_a_description(home: Path) -> None:
+    describe_experiment(home, "does-it-help", "Does stage 4 help?")
+    config = RunConfig(tracking=TrackingConfig(sweep="does-it-help"))
+    with LabBook(config, home, about="Stage 4 left out", prefect="http://127.0.0.1:1/runs/flow-run/x"):
+        pass
+    a_run(home, RunConfig())
+    client = MlflowClient(store_uri(home))
+    described = client.get_experiment_by_name("does-it-help")
+    assert described.tags["mlflow.note.content"] == "Does stage 4 help?"
+    (row,) = client.search_runs([described.experiment_id])
+    assert "Stage 4 left out." in row.data.tags["mlflow.note.content"]
+    assert "(http://127.0.0.1:1/runs/flow-run/x)" in row.data.tags["mlflow.note.content"]
+    assert row.data.tags["mlflow.runName"] == "embedded tiny"
+    assert len(client.search_runs([client.get_experiment_by_name("lbllm").experiment_id])) == 1
+    described_by_hand = "what a person wrote stays"
+    client.set_experiment_tag(described.experiment_id, "mlflow.note.content", described_by_hand)
+    describe_experiment(home, "does-it-help", "Another text")
+    assert client.get_experiment_by_name("does-it-help").tags["mlflow.note.content"] == described_by_hand
+
+
+def test_a_deleted_experiment_comes_back(home: Path) -> None:
+    a_run(home, RunConfig(seed=1))
+    client = MlflowClient(store_uri(home))
+    client.delete_experiment(client.get_experiment_by_name("lbllm").experiment_id)
+    assert a_run(home, RunConfig(seed=2))
+    assert client.get_experiment_by_name("lbllm").lifecycle_stage == "active"
+
+
+def test_surroundings_and_system_metrics(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system_metrics, "FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(system_metrics, "EVERY_SECONDS", 0.01)
+    with LabBook(RunConfig(), home) as book:
+        deadline = time.monotonic() + 60
+        while not any(e["kind"] == "metrics" and e["content"][0][3] == 2 for e in list(book.entries.events)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    client = MlflowClient(store_uri(home))
+    metrics = client.get_run(book.run_id).data.metrics
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes", "system/disk_available_megabytes"} <= set(metrics)
+    assert [m.step for m in client.get_metric_history(book.run_id, "system/cpu_utilization_percentage")][:3] == [0, 1, 2]
+    kept = json.loads(Path(client.download_artifacts(book.run_id, "environment.json")).read_text())
+    assert kept["packages"]["torch"]
+    assert kept["python"]

@@ -82,7 +82,7 @@ def test_the_result_table_and_the_lab_book_of_a_flow(monkeypatch: pytest.MonkeyP
     done = Finished("teacher", Handle("evaluate_teacher", "k" * 64, "d", {"ppl_synthetic": 1.9}), 0.1)
     found = result.publish(Run(config, tmp_path, book, finished=[done]), book)
     assert found["expected"] == [{"row": "teacher", "metric": "ppl_synthetic", "expected": 2.0, "measured": 1.9, "delta": pytest.approx(-0.05), "within": True}]
-    (text,) = [content for kind, content in noted if kind == "text"]
+    (text,) = [content for kind, content in noted if kind == "text" and content["name"] == "result.md"]
     assert "| teacher: ppl_synthetic | 2.00 | 1.90 | -5.0% | yes |" in text["content"]
     figures = {name: value for kind, content in noted if kind == "metrics" for name, value, *_ in content}
     assert figures["delta/teacher/ppl_synthetic"] == pytest.approx(-0.05)
