@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 SMALL_STREAM = 1 << 28  # values up to which the mean of a stream is taken at once
 REMEDY = "Earlier blocks are kept. Try a learning rate ten times lower, or hardware.compute_dtype=fp32"
 CHECK_EVERY = 8  # steps between looks at the loss; each look waits for the device
-DIVERGED = 10.0  # a loss this many times the first one, and above 1, where a block that gives nothing would be: no learning rate comes back
+DIVERGED = 10.0  # a loss this many times the first one, and above 1, where a block that gives nothing would be
+PATIENCE = 4  # looks in a row that such a loss may last; one batch with massive activations inside gives one too
 
 
 @dataclass(frozen=True)
@@ -177,15 +178,16 @@ def _polarization(block: nn.Module, plan: TrainingPlan, progress: Tensor) -> Ten
 
 
 class _LossWatch:
-    """Remembers the first and the last finite loss, and names the culprit when one is not finite or far beyond the first."""
+    """Remembers the first and the last finite loss, and names the culprit when one is not finite, or several in a row are far beyond the first."""
 
     def __init__(self, index: int):
-        self.index, self.first, self.finite = index, math.nan, math.nan
+        self.index, self.first, self.finite, self.far = index, math.nan, math.nan, 0
 
     def look(self, loss: float, block: nn.Module) -> float:
         if math.isfinite(loss):
             self.first = loss if math.isnan(self.first) else self.first
-            if loss > max(1.0, DIVERGED * self.first):
+            self.far = self.far + 1 if loss > max(1.0, DIVERGED * self.first) else 0
+            if self.far > PATIENCE:
                 raise NumericalError(f"block {self.index}: training diverges, the loss went from {self.first:.4g} to {loss:.4g}. {REMEDY}")
             self.finite = loss
             return loss

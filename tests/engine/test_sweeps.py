@@ -16,6 +16,7 @@ from lbllm_core.engine.hidden_states import HiddenStates
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import silent
 from lbllm_core.engine.train_block import block_loss, cosine
+from lbllm_core.engine.train_block import _LossWatch
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.student import load_block, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
@@ -338,3 +339,12 @@ def test_a_sweep_needs_no_target(bench, tmp_path, students):
     state = [load_block(students / "ptq_init", i, "none") for i in range(2)]
     bench.sweep(tmp_path, lambda job: (jobs.append(job), (state[job.index], {}))[1], SweepPlan("x", False))
     assert [j.target for j in jobs] == [None, None]
+
+
+def test_one_hard_batch_is_no_divergence():
+    watch, block = _LossWatch(3), torch.nn.Linear(2, 2)
+    for loss in (0.007, 2.3, 0.01, 2.0, 2.1, 0.02):
+        assert watch.look(loss, block) == loss
+    with pytest.raises(NumericalError, match=r"block 3: training diverges, the loss went from 0\.007 to 2\.3\. Earlier blocks are kept\. Try a learning rate ten times lower"):
+        for _ in range(10):
+            watch.look(2.3, block)

@@ -93,7 +93,7 @@ def test_joint_training_is_one_stage_that_learns(home):
 
 
 def test_joint_training_diverges_with_a_remedy_and_keeps_earlier_blocks(home):
-    words = ["experiment=ablation_joint_1e-2_smoothing_off", "weight_distill.lr_levels=1.0", "weight_distill.lr_weight=1.0", "weight_distill.grad_clip=0"]
+    words = ["experiment=ablation_joint_1e-2_smoothing_off", "weight_distill.lr_levels=1.0", "weight_distill.lr_weight=1.0", "weight_distill.grad_clip=0", "weight_distill.batch_size=1", "weight_distill.epochs=6"]
     with pytest.raises(NumericalError, match=r"block 0: .*Earlier blocks are kept\. Try a learning rate ten times lower"):
         run(home, *words)
 
