@@ -79,10 +79,17 @@ def published() -> dict[str, tuple[str, dict[str, float]]]:
     for name in groups()["experiment"]:
         content = _read(name) if name.startswith("paper_") else {}
         expected = (content.get("evaluation") or {}).get("expected")
-        model = next((choice["override /model"] for choice in content.get("defaults", ()) if isinstance(choice, dict) and "override /model" in choice), "")
         if expected:
-            found[name] = (str(model), {str(key): float(value) for key, value in expected.items()})
+            found[name] = (_model_of(content), {str(key): float(value) for key, value in expected.items()})
     return found
+
+
+def _model_of(content: Mapping[str, Any]) -> str:
+    """The model that an experiment's file names, or the one it builds on; empty where none does."""
+    choices = content.get("defaults", ())
+    own = [choice["override /model"] for choice in choices if isinstance(choice, dict) and "override /model" in choice]
+    inherited = [_model_of(_read(choice)) for choice in choices if isinstance(choice, str) and choice != "_self_"]
+    return next((str(model) for model in (*own, *inherited) if model), "")
 
 
 def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:

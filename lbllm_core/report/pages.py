@@ -77,6 +77,7 @@ TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
         "pipeline_times": ("pipeline_cpu.json", times_table),
         "desk": ("desk.json", desk_table),
         "method": ("method.json", strength_table),
+        "order": ("order_h100.json", strength_table),
         "zero_shot": ("method.json", lambda content: zero_shot_table(content["records"], "smollm2_135m")),
         "kernels_h100": ("kernels_h100.json", lambda content: product_table(content["records"], "cublas_fp16")),
         "kernels_peers": ("peers_h100.json", lambda content: peers_table(content["records"])),

@@ -95,11 +95,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` when tracked files differ from it; outside a checkout, LBLLM_COMMIT or nothing."""
+    """LBLLM_COMMIT where it is set (a copied tree's own commit is not the one that was copied), else the checkout's, with `+` when tracked files differ from it."""
+    told = os.environ.get("LBLLM_COMMIT")
+    if told:
+        return told
     here = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LBLLM_COMMIT", "")
+        return ""
     return head + ("+" if changed else "")

@@ -270,7 +270,7 @@ def test_homes_with_odd_names_work(name: str, tmp_path: Path, monkeypatch: pytes
     with LabBook(RunConfig(), home) as book:
         pass
     assert (home / "mlflow.db").is_file()
-    assert [f.path for f in MlflowClient(store_uri(home)).list_artifacts(book.run_id)] == ["config.json"]
+    assert [f.path for f in MlflowClient(store_uri(home)).list_artifacts(book.run_id)] == ["config.json", "environment.json"]
     assert {p.name for p in (tmp_path / "place").iterdir()} | {p.name for p in (tmp_path / "place" / "down").iterdir()} == {"down", home.resolve().name}
 
 

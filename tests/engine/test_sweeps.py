@@ -15,8 +15,7 @@ from lbllm_core.engine.block_sweep import BlockJob, SweepPlan, relative_error
 from lbllm_core.engine.hidden_states import HiddenStates
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import silent
-from lbllm_core.engine.train_block import block_loss, cosine
-from lbllm_core.engine.train_block import _LossWatch
+from lbllm_core.engine.train_block import _LossWatch, block_loss, cosine
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.student import load_block, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
@@ -345,6 +344,7 @@ def test_one_hard_batch_is_no_divergence():
     watch, block = _LossWatch(3), torch.nn.Linear(2, 2)
     for loss in (0.007, 2.3, 0.01, 2.0, 2.1, 0.02):
         assert watch.look(loss, block) == loss
+    for _ in range(4):
+        assert watch.look(2.3, block) == 2.3
     with pytest.raises(NumericalError, match=r"block 3: training diverges, the loss went from 0\.007 to 2\.3\. Earlier blocks are kept\. Try a learning rate ten times lower"):
-        for _ in range(10):
-            watch.look(2.3, block)
+        watch.look(2.3, block)

@@ -1,6 +1,6 @@
 """A pipeline run that kills itself (SIGKILL) at a given point: `python killed_run.py HOME STEP UNITS DELAY [override ...]`.
 
-After the UNITS-th report of STEP, DELAY seconds pass, so that the blow falls inside the work that follows. STEP `none` means an
+After STEP has reported its UNITS-th finished unit, DELAY seconds pass, so that the blow falls inside the work that follows. STEP `none` means an
 undisturbed run. The last line printed is the digest of every finished step as JSON.
 """
 
@@ -22,7 +22,7 @@ def main(home: str, step: str, units: int, delay: float, overrides: list[str]) -
 
     def report(progress: Progress) -> None:
         nonlocal seen
-        if progress.step == step:
+        if progress.step == step and not progress.share and not progress.begins:
             seen += 1
             if seen == units:
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
