@@ -18,6 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help install run test generate export up down status config lint kernels tables clean
 .PHONY: sweep sweep-status sweep-retry compare screenshots test-browser bench-desk
 export PROMPT ONLY
+# two processes, each with the tests of whole files: a file's tests share what they built
+AT_ONCE := -n 2 --dist loadgroup
 .PHONY: preflight doctor test-faults test-long docs
 
 help: ## this list
@@ -62,7 +64,7 @@ doctor: $(STAMP) ## versions, device, kernels, data, disk, servers: what is ther
 	@$(PY) -m flows.launch doctor
 
 test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf for a part; RECORD=1 keeps the time in results/
-	@$(if $(RECORD),$(PY) -m lbllm_core.report.timed results/pipeline_cpu.json install_s=$$(cat $(STAMP)) test_s --) $(PY) -m pytest $(TESTS)
+	@$(if $(RECORD),$(PY) -m lbllm_core.report.timed results/pipeline_cpu.json install_s=$$(cat $(STAMP)) test_s --) $(PY) -m pytest $(AT_ONCE) $(TESTS)
 
 test-faults: kernels ## break things on purpose (kills, full disk, damage, clock ...) and record what is left: ONLY=kind,kind MOMENTS=20; an hour
 	@$(PY) tests/faults/suite.py --only "$$ONLY" --moments "$(or $(MOMENTS),20)" --record results/faults.json
