@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: sweep sweep-status sweep-retry compare screenshots test-browser bench-desk
 export PROMPT ONLY
 # two processes, each with the tests of whole files: a file's tests share what they built
-AT_ONCE := -n 2 --dist loadgroup
+AT_ONCE := -n 2 --dist loadfile
 .PHONY: preflight doctor test-faults test-long docs
 
 help: ## this list

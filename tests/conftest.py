@@ -8,14 +8,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes run the tests, a file stays whole, and so does the folder whose tests share servers."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "flow" else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def models_home() -> Path:
     """A home folder that keeps `tiny` (trained in 15 s) between test runs; its content is checked by digest on every use."""
