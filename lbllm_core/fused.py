@@ -1,4 +1,7 @@
-"""The Triton kernels of training, where there are any; importing Triton takes a second, so it waits until somebody asks."""
+"""The Triton kernels of training, where there are any; importing Triton takes a second, so it waits until somebody asks.
+
+The imports stand in the source, because a step's fingerprint is read from them (`engine/fingerprint.py`).
+"""
 
 from __future__ import annotations
 
@@ -15,3 +18,13 @@ def kernels() -> Any:
     from lbllm_kernels import triton_training
 
     return triton_training
+
+
+@functools.cache
+def compensation() -> Any:
+    """`lbllm_kernels.triton_compensate`, or None where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lbllm_kernels import triton_compensate
+
+    return triton_compensate

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,13 +96,9 @@ def advance(job: BlockJob, block: nn.Module, source: HiddenStates, into: HiddenS
 
 def relative_error(student: HiddenStates, target: HiddenStates, ranks: Ranks = ALONE) -> float:
     """`|student - target|^2 / |target|^2` without each sequence's first token, whose activations are massive; float64, a sequence at a time."""
-    error = energy = torch.zeros((), dtype=torch.float64, device=student.device)
     every = single(len(student))
-    for ours, theirs in zip(student.batches(every), target.batches(every), strict=True):
-        error = error + (ours[0, 1:].double() - theirs[0, 1:].double()).square().sum()
-        energy = energy + theirs[0, 1:].double().square().sum()
-    ranks.sum_(error, energy)
-    return float(error / energy)
+    pairs = zip(student.batches(every), target.batches(every), strict=True)
+    return _relative(((ours[0], theirs[0]) for ours, theirs in pairs), student.device, ranks)
 
 
 @torch.no_grad()
@@ -115,10 +111,14 @@ def error_on_sample(job: BlockJob, block: nn.Module) -> float:
 
 def sample_error(ours: Tensor, theirs: Tensor, ranks: Ranks) -> float:
     """`relative_error` of tensors `(sequences, tokens, hidden)`."""
-    error = energy = torch.zeros((), dtype=torch.float64, device=ours.device)
-    for mine, wanted in zip(ours, theirs, strict=True):
-        error = error + (mine[1:].double() - wanted[1:].double()).square().sum()
-        energy = energy + wanted[1:].double().square().sum()
+    return _relative(zip(ours, theirs, strict=True), ours.device, ranks)
+
+
+def _relative(pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device, ranks: Ranks) -> float:
+    error = energy = torch.zeros((), dtype=torch.float64, device=device)
+    for ours, theirs in pairs:  # a sequence of each, `(tokens, hidden)`
+        error = error + (ours[1:].double() - theirs[1:].double()).square().sum()
+        energy = energy + theirs[1:].double().square().sum()
     ranks.sum_(error, energy)
     return float(error / energy)
 

@@ -20,18 +20,14 @@ an input go together.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lbllm_core.errors import NumericalError
+from lbllm_core.fused import compensation
 from lbllm_core.quant.weight import nearest_codes, take_levels
-
-fused_sweep: Callable[..., None] | None = None  # the same group in one kernel, where Triton is
-if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-    from lbllm_kernels.triton_compensate import sweep_group as fused_sweep
 
 BLOCK = 128  # columns, at least, between two updates of everything to the right
 Order = Sequence[tuple[int, Tensor]]  # (group, its columns): groups in the order of the sweep, columns too
@@ -118,8 +114,9 @@ def _batches(order: Order) -> Iterator[Order]:
 
 def _sweep_group(w: Tensor, codes: Tensor, errors: Tensor, upper: Tensor, levels: Tensor, columns: range, left: int, right: int) -> None:
     """Quantize the columns of one group and let the rest of the block, up to `right`, absorb their errors; all in place."""
-    if w.is_cuda and fused_sweep is not None:
-        fused_sweep(w, codes, errors, upper, levels, columns, left, right)
+    fused = compensation() if w.is_cuda else None
+    if fused is not None:
+        fused.sweep_group(w, codes, errors, upper, levels, columns, left, right)
         return
     for j in columns:
         column = w[:, j : j + 1]

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreted import inside, outside, run_interpreted
 
 from lbllm_core.quant import error_compensation
 from lbllm_core.quant.error_compensation import inverse_factor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
+@outside
 def test_the_interpreted_cases_pass():
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("older interpreters fail on numpy 2.4")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-3000:]
+    run_interpreted(__file__)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreted process")
+@inside
 @pytest.mark.parametrize(("rows", "columns", "first", "last", "left", "right"), [(19, 96, 0, 16, 0, 96), (8, 150, 40, 48, 32, 150), (3, 70, 64, 70, 0, 70), (17, 300, 100, 240, 100, 300)])
 def test_a_group_is_bit_equal(rows, columns, first, last, left, right):
     from lbllm_kernels.triton_compensate import sweep_group
@@ -50,7 +39,7 @@ def test_a_group_is_bit_equal(rows, columns, first, last, left, right):
     assert not torch.equal(made[0][0], start)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiled for GPUs in the outer process")
+@outside
 @pytest.mark.parametrize("capability", [80, 90])
 def test_it_compiles_ahead_of_time(capability):
     import triton

@@ -8,34 +8,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from interpreted import INTERPRETED, inside, outside, run_interpreted
 from lbllm_kernels import dispatch, reference
 from lbllm_kernels.activation import ActFactors, quantize_activations
 from lbllm_kernels.synthetic import random_packed
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreted process")
-outside = pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
 if INTERPRETED:
     from lbllm_kernels import triton_matmul
 
 
 @outside
 def test_the_interpreted_cases_pass():
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("older interpreters fail on numpy 2.4")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-3000:]
+    run_interpreted(__file__)
 
 
 TOKENS = {

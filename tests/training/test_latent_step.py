@@ -6,23 +6,34 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreted process")
+from interpreted import INTERPRETED, inside, outside, run_interpreted
 
 
-@pytest.mark.skipif(INTERPRETED, reason="runs in the outer process")
+@outside
 def test_the_interpreted_cases_pass():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    if "interpreter" in done.stdout and "skipped" in done.stdout and "passed" not in done.stdout:
-        pytest.skip("this Triton cannot interpret here")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_interpreted(__file__)
+
+
+@outside
+@pytest.mark.parametrize("mode", ["nearest", "frozen", "fixed"])
+def test_weights_of_a_block_are_counted_whatever_its_linears_are(tiny_teacher, mode):
+    from lbllm_core.config import PtqInitConfig, SchemeConfig
+    from lbllm_core.engine.block_sweep import BlockJob
+    from lbllm_core.engine.hardware import Hardware
+    from lbllm_core.engine.hidden_states import HiddenStates
+    from lbllm_core.model.blocks import Decoder
+    from lbllm_core.model.fused_block import weights_of
+    from lbllm_core.model.student_block import build_block
+    from lbllm_core.stages.ptq_init import quantize_block
+
+    view = Decoder(tiny_teacher.model)
+    inputs = view.embed(torch.arange(32)[None]).float()
+    job = BlockJob(0, view.blocks[0], HiddenStates.of(inputs), None, view, view.surroundings(inputs), Hardware(torch.device("cpu"), torch.float32))
+    state, _ = quantize_block(job, SchemeConfig(level_mode="explicit"), PtqInitConfig(method="rtn", error_compensation=False), 0)
+    assert weights_of(build_block(view.blocks[0], state, mode)) == weights_of(view.blocks[0]) == sum(q.codes.numel() for q in state.linears.values())
 
 
 if INTERPRETED:
