@@ -59,10 +59,7 @@ class BlockJob:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """A block on a batch of hidden states, in the compute type; the result is float32."""
-        with self.hardware.autocast():
-            if fused_block.suits(block, self.surroundings, self.hardware):
-                return fused_block.run(block, hidden, self.surroundings, self.hardware.compute_dtype)
-            return self.decoder.run_block(block, hidden, self.surroundings, self.index).float()
+        return fused_block.run_block(self.decoder, block, hidden, self.surroundings, self.hardware, self.index)
 
 
 @dataclass(frozen=True)

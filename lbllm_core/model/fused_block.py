@@ -1,7 +1,7 @@
-"""A large block's forward and backward pass with everything between its matrix products fused, on a GPU.
+"""A block's forward and backward pass with everything between its matrix products fused, on a GPU.
 
 transformers computes a Llama block as some eighty small operations on float32 hidden states of 67 MB (4096 tokens of LLaMA-2-7B); at the
-speed of memory these cost a quarter of a training step. Here norms (with the residual sum before them), rotary embedding and gate are
+speed of memory these cost a quarter of a training step there, and most of it in a model of narrow blocks. Here norms (with the residual sum before them), rotary embedding and gate are
 one kernel each way (`lbllm_kernels/triton_training.py`), attention is torch's fused one, and products are cuBLAS's.
 
 The function is the block's own up to rounding: hidden states in float32, what enters a product in the compute type. Only blocks whose parts
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.fused import kernels
-from lbllm_core.model.blocks import NORMS, SITE_OF
+from lbllm_core.model.blocks import NORMS, SITE_OF, Decoder
 
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers'
 LARGE = 1 << 25  # weights of a block from which passes over memory, not launches, are what costs
@@ -35,17 +35,25 @@ def weights_of(block: nn.Module) -> int:
 
 
 def suits(block: nn.Module, surroundings: dict[str, Any], hardware: Hardware) -> bool:
-    """Whether `run` computes this block: a large plain block, causal attention over everything, on a GPU."""
-    if hardware.device.type != "cuda" or hardware.compute_dtype != torch.bfloat16 or kernels() is None or weights_of(block) < LARGE:
+    """Whether `run` computes this block: a plain block, causal attention over everything, on a GPU."""
+    if hardware.device.type != "cuda" or hardware.compute_dtype != torch.bfloat16 or kernels() is None:
         return False
     return plain(block, surroundings)
 
 
+def run_block(decoder: Decoder, block: nn.Module, hidden: Tensor, surroundings: dict[str, Any], hardware: Hardware, index: int) -> Tensor:
+    """A block alone on `(batch, tokens, hidden)` in the compute type, fused where that suits; the result is float32."""
+    with hardware.autocast():
+        if suits(block, surroundings, hardware):
+            return run(block, hidden, surroundings, hardware.compute_dtype)
+        return decoder.run_block(block, hidden, surroundings, index).float()
+
+
 def plain(block: nn.Module, surroundings: dict[str, Any]) -> bool:
-    """Whether a block has the parts that `run` knows, frozen norms, and a 16-bit cache."""
+    """Whether a block has the parts that `run` knows, and a 16-bit cache."""
     parts: Any = block
     norms = [_norm(parts, name)[0] for name in NORMS]
-    known = all(hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad for norm in norms) and type(parts.mlp.act_fn).__name__ in SILU
+    known = all(hasattr(norm, "variance_epsilon") for norm in norms) and type(parts.mlp.act_fn).__name__ in SILU
     whole = all(mask is None for mask in surroundings["masks"].values())
     return known and whole and getattr(parts.self_attn, "kv_bits", 16) == 16 and hasattr(parts.self_attn, "scaling")
 
@@ -86,9 +94,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        return kernels().norm_backward(*ctx.saved_tensors, grad.contiguous(), None)[0], None, None, None
+        grad = grad.contiguous()
+        to_hidden = kernels().norm_backward(*ctx.saved_tensors, grad, None)[0] if ctx.needs_input_grad[0] else None
+        return to_hidden, _to_norm(*ctx.saved_tensors, grad) if ctx.needs_input_grad[1] else None, None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -100,8 +108,14 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        to_x, to_delta = kernels().norm_backward(*ctx.saved_tensors, grad.contiguous(), grad_sum.contiguous())
-        return to_x, to_delta, None, None, None
+        grad = grad.contiguous()
+        to_x, to_delta = kernels().norm_backward(*ctx.saved_tensors, grad, grad_sum.contiguous())
+        return to_x, to_delta, _to_norm(*ctx.saved_tensors, grad) if ctx.needs_input_grad[2] else None, None, None
+
+
+def _to_norm(value: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of a norm's weight: what entered it `(..., width)`, its weight, 1 / rms `(...)`, gradient of its output."""
+    return (grad.float() * value * inverse[..., None]).flatten(0, -2).sum(0).to(weight.dtype)
 
 
 class _Rotated(torch.autograd.Function):

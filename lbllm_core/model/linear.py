@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_core.fused import kernels
 from lbllm_core.quant.uniform import affine_levels, as_affine, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
@@ -62,6 +63,31 @@ class _Select(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_levels = _sums_by_code(grad, codes)
         return (grad if ctx.needs_input_grad[0] else None), to_levels, None
+
+
+class _FusedSelect(torch.autograd.Function):
+    """Nearest levels (`source`: latent weights) or given codes (`source`: codes), `(out, in)`: one kernel each way, for a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, levels: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(source, levels)
+        ctx.group_size = group_size
+        return kernels().quantized_weight(source, None, levels, group_size, dtype)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        source, levels = ctx.saved_tensors
+        grad = grad.contiguous()
+        to_levels = kernels().gradient_sums(grad, source, None, levels, ctx.group_size)[0] if ctx.needs_input_grad[1] else None
+        return grad.float() if ctx.needs_input_grad[0] else None, to_levels, None, None
+
+
+def _selected(source: Tensor, levels: Tensor, group_size: int) -> Tensor | None:
+    """The made weight by one kernel, in the type that products take it in; None where that kernel does not apply."""
+    if not source.is_cuda or kernels() is None or not kernels().fits(source.shape[1], group_size):
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
+    return _FusedSelect.apply(source, levels, group_size, dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Through(torch.autograd.Function):
@@ -150,6 +176,9 @@ class NearestWeight(nn.Module):
 
     def forward(self) -> Tensor:
         levels = self.store.scaled()
+        fused = _selected(self.latent, levels, self.store.group_size)
+        if fused is not None:
+            return fused
         grouped = split_groups(self.latent, self.store.group_size)
         with torch.no_grad():
             codes = nearest_codes(grouped, levels)
@@ -174,6 +203,9 @@ class FrozenWeight(nn.Module):
 
     def forward(self) -> Tensor:
         levels = self.store.scaled()
+        fused = _selected(self.codes, levels, self.store.group_size)
+        if fused is not None:
+            return fused
         grouped = split_groups(self.codes, self.store.group_size)
         made = _Select.apply(None, levels, grouped)  # type: ignore[no-untyped-call]
         return join_groups(made, self.codes.shape[1])

@@ -32,6 +32,7 @@ from lbllm_core.engine.recorded_step import RecordedStep
 from lbllm_core.engine.train_block import cosine
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.blocks import Decoder, linears_of
+from lbllm_core.model.fused_block import run_block
 from lbllm_core.model.linear import LearningRates, weights_held
 from lbllm_core.model.student import BlockState
 from lbllm_core.model.student_block import Mode, build_block, constrain, parameter_groups, quant_linears, read_state
@@ -79,8 +80,7 @@ def last_hidden(r: Refinement, blocks: Sequence[nn.Module], ids: Tensor, around:
     for index, block in enumerate(blocks):
 
         def run(h: Tensor, block: nn.Module = block, index: int = index) -> Tensor:
-            with r.hardware.autocast():
-                return r.decoder.run_block(block, h, around, index).float()
+            return run_block(r.decoder, block, h, around, r.hardware, index)
 
         hidden = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False) if recompute else run(hidden)
     return hidden
@@ -93,8 +93,7 @@ def block_errors(r: Refinement, blocks: Sequence[nn.Module], ids: Tensor, around
     ours = theirs = r.decoder.embed(ids).float()
     found = []
     for index, (block, teacher) in enumerate(zip(blocks, r.decoder.blocks, strict=True)):
-        with r.hardware.autocast():
-            ours, theirs = (r.decoder.run_block(b, h, around, index).float() for b, h in ((block, ours), (teacher, theirs)))
+        ours, theirs = (run_block(r.decoder, b, h, around, r.hardware, index) for b, h in ((block, ours), (teacher, theirs)))
         found.append(sample_error(ours, theirs, r.hardware.ranks))
     return found
 

@@ -46,8 +46,8 @@ if INTERPRETED:
     from lbllm_core.engine.recorded_step import RecordedStep
     from lbllm_core.engine.train_block import MicroBatches, TrainingPlan
     from lbllm_core.model import fused_block
-    from lbllm_core.model.blocks import Decoder
-    from lbllm_core.model.linear import LearningRates
+    from lbllm_core.model.blocks import NORMS, Decoder
+    from lbllm_core.model.linear import LearningRates, _FusedSelect, _Select
     from lbllm_core.model.student_block import build_block, constrain, parameter_groups, read_state
     from lbllm_core.stages.ptq_init import quantize_block
 
@@ -70,8 +70,9 @@ def small_job(kv_heads=2):
 
 
 @inside
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_fused_forward_and_backward(kv_heads):
+def test_fused_forward_and_backward(kv_heads, norms):
     job, _ = small_job(kv_heads)
     assert fused_block.plain(job.teacher_block, job.surroundings)
     found = []
@@ -80,12 +81,37 @@ def test_fused_forward_and_backward(kv_heads):
         for module in block.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.requires_grad_(True)
+        for name in NORMS:
+            block.get_submodule(name).weight.requires_grad_(norms)
         hidden = job.inputs.whole().clone().requires_grad_()
         out = run(block, hidden)
         (out * torch.sin(torch.arange(out.numel())).view_as(out)).sum().backward()
         found.append([out, hidden.grad, *(p.grad for p in block.parameters() if p.requires_grad)])
     for plain, fused in zip(*found, strict=True):
         assert float((plain - fused).norm() / plain.norm()) < 2e-6
+
+
+@inside
+@pytest.mark.parametrize("codes_given", [False, True])
+def test_a_weight_made_by_one_kernel(codes_given):
+    from lbllm_core.quant.weight import nearest_codes
+
+    torch.manual_seed(1)
+    levels = torch.randn(6, 3, 4).sort(-1).values
+    latent, into = torch.randn(6, 48), torch.randn(6, 48)
+    codes = nearest_codes(latent.view(6, 3, 16), levels)
+    found = []
+    for fused in (False, True):
+        w, at = latent.clone().requires_grad_(not codes_given), levels.clone().requires_grad_()
+        if fused:
+            made = _FusedSelect.apply(codes.view(6, 48) if codes_given else w, at, 16, torch.float32)
+        else:
+            made = _Select.apply(None if codes_given else w.view(6, 3, 16), at, codes).view(6, 48)
+        made.backward(into)
+        found.append((made, at.grad, w.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
+    assert codes_given or torch.equal(found[0][2], found[1][2])
 
 
 RATES = {"weight": 1e-3, "levels": 2e-3, "row_scale": 2e-3}
