@@ -28,3 +28,13 @@ def compensation() -> Any:
     from lbllm_kernels import triton_compensate
 
     return triton_compensate
+
+
+@functools.cache
+def divergence() -> Any:
+    """`lbllm_kernels.triton_divergence`, or None where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lbllm_kernels import triton_divergence
+
+    return triton_divergence

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_core.engine.hardware import Hardware
-from lbllm_core.engine.hidden_states import At, HiddenStates, StorePlan, single
+from lbllm_core.engine.hidden_states import At, HiddenStates, StorePlan, handfuls
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.ranks import ALONE, Ranks
@@ -92,10 +92,9 @@ def advance(job: BlockJob, block: nn.Module, source: HiddenStates, into: HiddenS
 
 
 def relative_error(student: HiddenStates, target: HiddenStates, ranks: Ranks = ALONE) -> float:
-    """`|student - target|^2 / |target|^2` without each sequence's first token, whose activations are massive; float64, a sequence at a time."""
-    every = single(len(student))
-    pairs = zip(student.batches(every), target.batches(every), strict=True)
-    return _relative(((ours[0], theirs[0]) for ours, theirs in pairs), student.device, ranks)
+    """`|student - target|^2 / |target|^2` without each sequence's first token, whose activations are massive; float64, a handful of sequences at a time."""
+    every = handfuls(student.shape)
+    return _relative(zip(student.batches(every), target.batches(every), strict=True), student.device, ranks)
 
 
 @torch.no_grad()
@@ -108,14 +107,14 @@ def error_on_sample(job: BlockJob, block: nn.Module) -> float:
 
 def sample_error(ours: Tensor, theirs: Tensor, ranks: Ranks) -> float:
     """`relative_error` of tensors `(sequences, tokens, hidden)`."""
-    return _relative(zip(ours, theirs, strict=True), ours.device, ranks)
+    return _relative([(ours, theirs)], ours.device, ranks)
 
 
 def _relative(pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device, ranks: Ranks) -> float:
     error = energy = torch.zeros((), dtype=torch.float64, device=device)
-    for ours, theirs in pairs:  # a sequence of each, `(tokens, hidden)`
-        error = error + (ours[1:].double() - theirs[1:].double()).square().sum()
-        energy = energy + theirs[1:].double().square().sum()
+    for ours, theirs in pairs:  # `(sequences, tokens, hidden)` each
+        error = error + (ours[:, 1:].double() - theirs[:, 1:].double()).square().sum()
+        energy = energy + theirs[:, 1:].double().square().sum()
     ranks.sum_(error, energy)
     return float(error / energy)
 

@@ -41,6 +41,7 @@ from lbllm_core.errors import ArtifactError, PreflightError
 
 SHARD_BYTES = 128 << 20
 LARGEST_E4M3 = 448.0
+HANDFUL = 1 << 23  # values that may exist in float64 beside all else
 WORDS = 1 << 20  # words of a checksum at a time
 AHEAD = 2  # batches that are on their way while one is used
 _cuda: Any = torch.cuda  # its classes carry no types
@@ -189,7 +190,7 @@ class HiddenStates:
     def copy(self) -> HiddenStates:
         """Another stream with the same values."""
         made = HiddenStates(self.shape, self.device, self.plan)
-        made.fill(self.batches(single(len(self))))
+        made.fill(self.batches(handfuls(self.shape)))
         return made
 
     def close(self) -> None:
@@ -197,9 +198,10 @@ class HiddenStates:
         self.backing.close()
 
 
-def single(n: int) -> list[At]:
-    """One sequence at a time."""
-    return [slice(i, i + 1) for i in range(n)]
+def handfuls(shape: Sequence[int]) -> list[At]:
+    """A few of a stream's sequences at a time: one, or as many as have HANDFUL values together."""
+    count = max(1, HANDFUL // math.prod(shape[1:]))
+    return [slice(i, i + count) for i in range(0, shape[0], count)]
 
 
 class _InMemory:

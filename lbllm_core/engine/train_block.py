@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lbllm_core.engine import latent_step
 from lbllm_core.engine.block_sweep import BlockJob
-from lbllm_core.engine.hidden_states import At, HiddenStates, single
+from lbllm_core.engine.hidden_states import At, HiddenStates, handfuls
 from lbllm_core.engine.latent_step import LatentStep
 from lbllm_core.engine.ranks import Ranks
 from lbllm_core.engine.recorded_step import RecordedStep
@@ -100,11 +100,11 @@ def _order(n: int, plan: TrainingPlan, index: int, ranks: Ranks) -> list[At]:
 
 
 def mean_square(stream: HiddenStates) -> float:
-    """Mean square of a stream without first tokens; of a large one in float64, a sequence at a time."""
+    """Mean square of a stream without first tokens; of a large one in float64, a handful of sequences at a time."""
     if stream.shape.numel() <= SMALL_STREAM:
         return float(stream.whole()[:, 1:].square().mean())
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
-    for states in stream.batches(single(len(stream))):
+    for states in stream.batches(handfuls(stream.shape)):
         total += states[:, 1:].square().sum(dtype=torch.float64)
     return float(total) / (len(stream) * (stream.shape[1] - 1) * stream.shape[2])
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.fused import kernels
 from lbllm_core.model.blocks import NORMS, SITE_OF, Decoder
+from lbllm_core.quant.kv_cache import fake_quantize_kv
 
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers'
 LARGE = 1 << 25  # weights of a block from which passes over memory, not launches, are what costs
@@ -50,12 +51,12 @@ def run_block(decoder: Decoder, block: nn.Module, hidden: Tensor, surroundings: 
 
 
 def plain(block: nn.Module, surroundings: dict[str, Any]) -> bool:
-    """Whether a block has the parts that `run` knows, and a 16-bit cache."""
+    """Whether a block has the parts that `run` knows, and sees all tokens before its own."""
     parts: Any = block
     norms = [_norm(parts, name)[0] for name in NORMS]
     known = all(hasattr(norm, "variance_epsilon") for norm in norms) and type(parts.mlp.act_fn).__name__ in SILU
     whole = all(mask is None for mask in surroundings["masks"].values())
-    return known and whole and getattr(parts.self_attn, "kv_bits", 16) == 16 and hasattr(parts.self_attn, "scaling")
+    return known and whole and hasattr(parts.self_attn, "scaling")
 
 
 def run(block: nn.Module, hidden: Tensor, surroundings: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -69,7 +70,10 @@ def run(block: nn.Module, hidden: Tensor, surroundings: dict[str, Any], dtype: t
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q).to(dtype), attention.k_norm(k).to(dtype)
     q, k = (_Rotated.apply(heads, cos, sin).transpose(1, 2) for heads in (q, k))  # type: ignore[no-untyped-call]
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, scale=attention.scaling, enable_gqa=q.shape[1] != k.shape[1])
+    v = v.transpose(1, 2)
+    if getattr(attention, "kv_bits", 16) == 4:
+        k, v = fake_quantize_kv(k), fake_quantize_kv(v)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling, enable_gqa=q.shape[1] != k.shape[1])
     delta = attention.o_proj(mixed.transpose(1, 2).flatten(2))
     norm, after = _norm(parts, NORMS[1])
     hidden, x = _AddNorm.apply(hidden, delta, norm.weight, norm.variance_epsilon, dtype)  # type: ignore[no-untyped-call]
@@ -94,9 +98,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, inverse = ctx.saved_tensors
         grad = grad.contiguous()
-        to_hidden = kernels().norm_backward(*ctx.saved_tensors, grad, None)[0] if ctx.needs_input_grad[0] else None
-        return to_hidden, _to_norm(*ctx.saved_tensors, grad) if ctx.needs_input_grad[1] else None, None, None
+        to_hidden = kernels().norm_backward(hidden, weight, inverse, grad, None)[0] if ctx.needs_input_grad[0] else None
+        return to_hidden, _to_norm(hidden, weight, inverse, grad) if ctx.needs_input_grad[1] else None, None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -108,9 +113,10 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        summed, weight, inverse = ctx.saved_tensors
         grad = grad.contiguous()
-        to_x, to_delta = kernels().norm_backward(*ctx.saved_tensors, grad, grad_sum.contiguous())
-        return to_x, to_delta, _to_norm(*ctx.saved_tensors, grad) if ctx.needs_input_grad[2] else None, None, None
+        to_x, to_delta = kernels().norm_backward(summed, weight, inverse, grad, grad_sum.contiguous())
+        return to_x, to_delta, _to_norm(summed, weight, inverse, grad) if ctx.needs_input_grad[2] else None, None, None
 
 
 def _to_norm(value: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:

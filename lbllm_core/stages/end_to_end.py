@@ -36,8 +36,8 @@ from lbllm_core.model.fused_block import run_block
 from lbllm_core.model.linear import LearningRates, weights_held
 from lbllm_core.model.student import BlockState
 from lbllm_core.model.student_block import Mode, build_block, constrain, parameter_groups, quant_linears, read_state
+from lbllm_core.stages.divergence import divergence, fused_head
 
-LOGIT_ROWS = 1024  # tokens whose logits exist at once
 ERROR_TOKENS = 2048  # on which the error of each block is taken, before and after
 
 
@@ -56,22 +56,6 @@ def learning_rates(config: EndToEndConfig) -> LearningRates:
     """What learns, and how fast."""
     rates = {"weight": config.lr_weight, "norms": config.lr_norms, "clips": config.lr_clips, "knees": config.lr_knees}
     return LearningRates(levels=config.lr_levels, row_scale=config.lr_levels, **rates)
-
-
-def divergence(r: Refinement, student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL between next-token distributions from last hidden states `(batch, tokens, hidden)`; logits exist piecewise."""
-
-    def piece(s: Tensor, t: Tensor) -> Tensor:
-        with r.hardware.autocast():
-            mine, theirs = r.decoder.logits(s), r.decoder.logits(t)
-        target = theirs.float().log_softmax(-1)
-        return nn.functional.kl_div(mine.float().log_softmax(-1), target, log_target=True, reduction="sum")
-
-    s, t = student.flatten(0, 1), teacher.flatten(0, 1)
-    if r.config.logit_share < 1:
-        s, t = (x[:: max(1, round(1 / r.config.logit_share))] for x in (s, t))
-    parts = [checkpoint(piece, s[i : i + LOGIT_ROWS], t[i : i + LOGIT_ROWS], use_reentrant=False, preserve_rng_state=False) for i in range(0, len(s), LOGIT_ROWS)]
-    return torch.stack(parts).sum() / len(s)
 
 
 def last_hidden(r: Refinement, blocks: Sequence[nn.Module], ids: Tensor, around: dict[str, Any], recompute: bool) -> Tensor:
@@ -126,7 +110,8 @@ def refine(r: Refinement, ids: Tensor, states: Iterable[BlockState], ledger: Led
         linear.weight.data = linear.weight.data.to(r.hardware.compute_dtype)  # as autocast would cast it in every pass
     around = r.decoder.surroundings(r.decoder.embed(ids[:1]).float())
     before = block_errors(r, blocks, ids, around)
-    update = RecordedStep(groups, lambda batch: _accumulate(r, blocks, around, batch), lambda: _constrain(blocks), c.grad_clip, ids.device)
+    head = fused_head(r.decoder, r.hardware)
+    update = RecordedStep(groups, lambda batch: _accumulate(r, blocks, around, head, batch), lambda: _constrain(blocks), c.grad_clip, ids.device)
     batches = _batches(len(ids), c, r.seed)
     history, first = _restore(ledger, c, update)
     started = time.monotonic()
@@ -156,7 +141,7 @@ def _batches(n: int, c: EndToEndConfig, seed: int) -> list[Tensor]:
     return [order[i : i + c.batch_size] for i in range(0, wanted, c.batch_size)]
 
 
-def _accumulate(r: Refinement, blocks: list[nn.Module], around: dict[str, Any], ids: Tensor) -> Tensor:
+def _accumulate(r: Refinement, blocks: list[nn.Module], around: dict[str, Any], head: Tensor | None, ids: Tensor) -> Tensor:
     """Forward and backward of one batch in micro-batches; returns the mean loss."""
     total = torch.zeros((), device=ids.device)
     micro = r.config.micro_batch
@@ -165,7 +150,8 @@ def _accumulate(r: Refinement, blocks: list[nn.Module], around: dict[str, Any], 
         for piece in pieces:
             with torch.no_grad():
                 target = last_hidden(r, r.decoder.blocks, piece, around, False)
-            loss = divergence(r, last_hidden(r, blocks, piece, around, r.config.gradient_checkpointing), target) * (len(piece) / len(ids))
+            student = last_hidden(r, blocks, piece, around, r.config.gradient_checkpointing)
+            loss = divergence(r.decoder, r.hardware, student, target, r.config.logit_share, head) * (len(piece) / len(ids))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
     return total

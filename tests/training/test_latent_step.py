@@ -49,6 +49,7 @@ if INTERPRETED:
     from lbllm_core.model.blocks import NORMS, Decoder
     from lbllm_core.model.linear import LearningRates, _FusedSelect, _Select
     from lbllm_core.model.student_block import build_block, constrain, parameter_groups, read_state
+    from lbllm_core.quant.kv_cache import set_kv_bits
     from lbllm_core.stages.ptq_init import quantize_block
 
     CPU = Hardware(torch.device("cpu"), torch.float32)
@@ -70,9 +71,9 @@ def small_job(kv_heads=2):
 
 
 @inside
-@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("norms", "kv_bits"), [(False, 16), (True, 16), (True, 4)])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_fused_forward_and_backward(kv_heads, norms):
+def test_fused_forward_and_backward(kv_heads, norms, kv_bits):
     job, _ = small_job(kv_heads)
     assert fused_block.plain(job.teacher_block, job.surroundings)
     found = []
@@ -83,12 +84,35 @@ def test_fused_forward_and_backward(kv_heads, norms):
                 module.weight.requires_grad_(True)
         for name in NORMS:
             block.get_submodule(name).weight.requires_grad_(norms)
+        set_kv_bits(block, kv_bits)
         hidden = job.inputs.whole().clone().requires_grad_()
         out = run(block, hidden)
         (out * torch.sin(torch.arange(out.numel())).view_as(out)).sum().backward()
         found.append([out, hidden.grad, *(p.grad for p in block.parameters() if p.requires_grad)])
     for plain, fused in zip(*found, strict=True):
         assert float((plain - fused).norm() / plain.norm()) < 2e-6
+
+
+@inside
+@pytest.mark.parametrize("vocabulary", [60, 5000])
+def test_divergence_and_its_gradient_by_one_kernel(vocabulary, monkeypatch):
+    from lbllm_core.stages import divergence
+
+    monkeypatch.setattr(divergence, "FUSED_ROWS", 3)
+    torch.manual_seed(2)
+    mine, theirs, head = torch.randn(7, 16), torch.randn(7, 16), torch.randn(vocabulary, 16)
+    found = []
+    for fused in (False, True):
+        x = mine.clone().requires_grad_()
+        if fused:
+            loss = divergence._Divergence.apply(x, theirs, head)
+        else:
+            wide, target = (x @ head.T).double(), (theirs @ head.T).double().log_softmax(-1)
+            loss = torch.nn.functional.kl_div(wide.log_softmax(-1), target, log_target=True, reduction="sum") / 7
+        (3 * loss).backward()
+        found.append((loss.detach().float(), x.grad))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5)
+    assert float((found[0][1] - found[1][1]).norm() / found[0][1].norm()) < 1e-5
 
 
 @inside
@@ -186,6 +210,7 @@ AHEAD = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from lbllm_kernels import triton_divergence as d
 from lbllm_kernels import triton_training as t
 types = dict.fromkeys(("grad", "delta", "gate", "up", "to_gate", "to_up", "to_delta", "out"), "*bf16") | {"x": "*fp32", "source": "*fp32"}
 types |= dict.fromkeys(("groups", "total", "tokens", "channels"), "i32")
@@ -198,6 +223,7 @@ norm = {"weight": "*fp32"}
 cases += [(t._norm_forward, dict(WIDTH=4096, BLOCK=4096, ADD=add), norm) for add in (False, True)]
 cases += [(t._norm_backward, dict(WIDTH=8192, BLOCK=8192, ADD=add), norm) for add in (False, True)]
 cases += [(t._rotated, dict(HEADS=32, HALF=64, ROUND_HEADS=32, ROUND_HALF=64), {"x": "*bf16"})]
+cases += [(d._divergence_rows, dict(BLOCK=4096), {"mine": "*bf16", "theirs": "*bf16", "columns": "i32"})]
 cases += [(t._gate_forward, dict(BLOCK=2048), {}), (t._gate_backward, dict(BLOCK=2048), {})]
 quant = {"x": "*bf16", "to_x": "*bf16", "smallest": "fp32", "channels": "i32"}
 cases += [(k, dict(TOP=top, BLOCK=block), quant) for k in (t._fake_quantized, t._fake_quantized_backward) for top, block in ((15, 4096), (127, 16384))]
