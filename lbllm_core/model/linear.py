@@ -30,6 +30,7 @@ from lbllm_core.quant.weight import (
     GRID,
     OutlierColumns,
     QuantizedWeight,
+    ascending,
     from_real_levels,
     group_levels,
     into_cells,
@@ -97,7 +98,7 @@ class _LevelStore(nn.Module):
         self.gain = nn.Parameter(torch.zeros_like(q.row_scale))
         self.group_size = q.group_size
         if q.levels is not None:
-            self.levels: nn.Parameter | None = nn.Parameter(q.levels / GRID)
+            self.levels: nn.Parameter | None = nn.Parameter((q.levels / GRID).contiguous())
             self.table: nn.Parameter | None = None
             self.register_buffer("group_codes", None)
         else:
@@ -109,7 +110,7 @@ class _LevelStore(nn.Module):
     def units(self) -> Tensor:
         """Levels on the int8 grid, ascending, `(out, n_groups, 4)`, with gradients to whatever holds them."""
         if self.levels is not None:
-            return grid_ste(self.levels.sort(dim=-1).values * GRID, self.family)
+            return grid_ste(ascending(self.levels) * GRID, self.family)
         assert self.group_codes is not None
         ordered = self.entries()
         flat = ordered.index_select(0, self.group_codes.flatten().int())
@@ -118,7 +119,7 @@ class _LevelStore(nn.Module):
     def entries(self) -> Tensor:
         """The table on the int8 grid, each entry ascending, `(entries, 4)`."""
         assert self.table is not None
-        return grid_ste(self.table.sort(dim=-1).values * GRID, self.family)
+        return grid_ste(ascending(self.table) * GRID, self.family)
 
     def scaled(self) -> Tensor:
         """Levels as real numbers, `(out, n_groups, 4)`."""
