@@ -39,7 +39,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lbllm_core.config import (
     ActQuantConfig,
@@ -47,171 +46,35 @@ from lbllm_core.config import (
     HardwareConfig,
     PtqInitConfig,
     RunConfig,
-    SchemeConfig,
     WeightDistillConfig,
 )
+from lbllm_core.bench_block import Bench, host_gb, peak_gb, reset_peak, synchronize, trained_block
 from lbllm_core.engine import machine
 from lbllm_core.engine.block_sweep import BlockJob, SweepPlan, advance, passes, sweep
 from lbllm_core.engine.estimate import estimate
 from lbllm_core.engine.hardware import Hardware
-from lbllm_core.engine.hidden_states import HiddenStates, StorePlan, decode, encode
+from lbllm_core.engine.hidden_states import HiddenStates, decode, encode
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.memory import release
 from lbllm_core.engine.progress import Progress
-from lbllm_core.engine.train_block import MicroBatches, TrainingPlan, mean_square
 from lbllm_core.errors import DataError, LbllmError
-from lbllm_core.model.blocks import NORMS, linears_of
-from lbllm_core.model.fused_block import weights_of
 from lbllm_core.model.inspect import architecture_shapes
-from lbllm_core.model.streamed import StreamedDecoder
-from lbllm_core.model.student import BlockState, load_block
-from lbllm_core.model.student_block import Mode, build_block, parameter_groups
-from lbllm_core.quant.uniform import round_to_nearest
-from lbllm_core.quant.weight import from_real_levels, nearest_codes, split_groups
+from lbllm_core.model.student import load_block
 from lbllm_core.report.records import read_results, write_results
 from lbllm_core.report.tables import Cells, plain
 from lbllm_core.stages.act_quant import refine_block
 from lbllm_core.stages.ptq_init import quantize_block
-from lbllm_core.stages.weight_distill import distill_block, learning_rates
+from lbllm_core.stages.weight_distill import distill_block
 
 PEAK = 989e12  # operations a second of an H100's bf16 matrix units, dense
 BUDGET = 8192 * 2048  # the paper's tokens
 MODEL_BLOCKS = 32
 FEW = 4  # sequences of the run that shows what a block costs without tokens
-SHAPES: Any = MappingProxyType({
-    "llama2_7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
-    "llama2_70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000},
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300},
-})  # fmt: skip
 SECTIONS = ("step", "sweep", "step70b", "profile", "store", "gpus")
 SECONDS = MappingProxyType({"step": 40, "sweep": 190, "step70b": 40, "store": 10, "gpus": 60, "profile": 15})  # a guess; what it leaves is not begun
+RANKS_SECONDS = 240.0  # for both measurements of two processes; a tenth on a GPU
+LEAVE_SECONDS = 45.0  # torchrun gives its processes 30 s
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all sections share."""
-
-    shape: str
-    hardware: Hardware
-    scratch: Path
-    tokens: int  # a sequence
-    sequences: int
-    calibration: int  # sequences of stage 1
-    batch: int
-    blocks: int
-    tier: str
-    dtype: str
-
-    @property
-    def scheme(self) -> SchemeConfig:
-        return SchemeConfig(level_mode="explicit", group_size=128 if self.shape != "tiny" else 32)
-
-    def store(self) -> StorePlan:
-        return StorePlan(self.tier, self.dtype, self.scratch / "streams")
-
-    def decoder(self, shape: str = "", blocks: int = 0) -> StreamedDecoder:
-        """The model of a shape, written to disk once, and cut to its first blocks (0: all)."""
-        folder = self.scratch / (shape or self.shape)
-        if not (folder / "done").exists():
-            write_model(folder, shape or self.shape, self.blocks if not shape or shape == self.shape else 1, self.tokens, self.hardware.device)
-        return StreamedDecoder(folder, self.hardware.device, blocks)
-
-    def ids(self, n: int) -> Tensor:
-        return torch.randint(SHAPES[self.shape]["vocab_size"], (n, self.tokens), generator=torch.Generator().manual_seed(0))
-
-
-def write_model(folder: Path, shape: str, blocks: int, tokens: int, device: torch.device) -> None:
-    """A model folder with random bf16 weights, one safetensors file a block."""
-    import transformers
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config = transformers.LlamaConfig(**SHAPES[shape], num_hidden_layers=blocks, max_position_embeddings=max(tokens, 64), tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        skeleton = transformers.LlamaForCausalLM(config)
-    generator = torch.Generator(device).manual_seed(1)
-
-    def drawn(name: str, like: Tensor) -> Tensor:
-        if like.dim() == 1:
-            return torch.ones(like.shape, dtype=torch.bfloat16)
-        made = torch.randn(like.shape, generator=generator, device=device) * (1.0 if "embed" in name else like.shape[1] ** -0.5)
-        return made.to(torch.bfloat16).cpu()
-
-    state = skeleton.state_dict()
-    names = ["model.embed_tokens.weight"]
-    save_file({n: drawn(n, state[n]) for n in names}, folder / "embedding.safetensors")
-    for index in range(blocks):
-        mine = {n: drawn(n, t) for n, t in state.items() if n.startswith(f"model.layers.{index}.")}
-        save_file(mine, folder / f"block_{index:03d}.safetensors")
-    (folder / "done").touch()
-
-
-@torch.no_grad()
-def rounded_state(block: nn.Module, group_size: int) -> BlockState:
-    """A block by round-to-nearest: a start for training whose quality does not matter."""
-    made, latents = {}, {}
-    for path, linear in linears_of(block).items():
-        w = linear.weight.detach().float()
-        grouped = split_groups(w, group_size)
-        levels = round_to_nearest(grouped.flatten(0, 1)).view(*grouped.shape[:2], 4)
-        codes = nearest_codes(grouped, levels).flatten(1)[:, : w.shape[1]].contiguous()
-        made[path], latents[path] = from_real_levels(codes, levels, group_size), w.cpu()
-    parts: Any = block
-    return BlockState(made, {name: getattr(parts, name).weight.detach().float() for name in NORMS}, latents=latents)
-
-
-def synchronize(hardware: Hardware) -> None:
-    """Wait for the device."""
-    if hardware.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def reset_peak(hardware: Hardware) -> None:
-    """Start a new measurement of peak memory."""
-    release()
-    if hardware.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gb(hardware: Hardware) -> float:
-    """Most memory of the device in use since `reset_peak` (10^9 bytes): what the allocator held, and context and libraries; without a GPU 0."""
-    if hardware.device.type != "cuda":
-        return 0.0
-    free, total = torch.cuda.mem_get_info()
-    outside = total - free - torch.cuda.memory_reserved()
-    return (torch.cuda.max_memory_reserved() + outside) / 1e9
-
-
-def host_gb() -> float:
-    """Anonymous memory of this process: what it allocated, without files that the system keeps cached for it."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if ":" in line)
-        return int(lines["RssAnon"].split()[0]) * 1024 / 1e9
-    except (OSError, KeyError, ValueError):
-        return 0.0
-
-
-def trained_block(bench: Bench, shape: str, parameterization: str, batch: int) -> tuple[Callable[[], Tensor], int]:
-    """A function that makes one optimizer step of stage 2 on a random block, and the block's weights."""
-    decoder = bench.decoder(shape)
-    teacher = decoder.blocks[0]
-    state = rounded_state(teacher, bench.scheme.group_size)
-    config = WeightDistillConfig(parameterization=parameterization, batch_size=batch)
-    mode: Mode = "nearest" if parameterization == "nearest" else "latent_soft"
-    block = build_block(teacher, state, mode)
-    for linear in linears_of(teacher).values():
-        linear.weight.data = linear.weight.data.new_empty(0)  # a sweep would not hold it in float32 either
-    hidden = torch.randn(batch, bench.tokens, decoder.width, device=bench.hardware.device)
-    around = decoder.surroundings(hidden[:1])
-    job = BlockJob(0, teacher, HiddenStates.of(hidden), HiddenStates.of(hidden * 1.1), decoder, around, bench.hardware)
-    plan = TrainingPlan(learning_rates(config), 1, batch * bench.hardware.ranks.size, config.lr_final, config.grad_clip, 0)
-    micro = MicroBatches(block, job, plan, mean_square(job.target) if job.target else 1.0)
-    update = micro.build(parameter_groups(block, plan.rates))
-    progress = torch.zeros((), device=bench.hardware.device)
-    target = hidden * 1.1
-    return lambda: micro.attempt(update, 1.0, hidden, target, progress), weights_of(block)
 
 
 def measured_step(bench: Bench, shape: str, parameterization: str, batch: int, repeats: int) -> list[Record]:
@@ -314,10 +177,13 @@ def foretold(bench: Bench, stage: str, seconds: float, memory: float, context: R
     )  # fmt: skip
     shapes = architecture_shapes(bench.decoder().config, 0)
     on_gpu = bench.hardware.device.type == "cuda"
-    found = estimate(config, shapes, machine.rates(bench.hardware, shapes.hidden, shapes.ffn), on_gpu)
+    rates = machine.rates(bench.hardware, shapes.hidden, shapes.ffn)
+    found = estimate(config, shapes, rates, on_gpu)
     step = next(s for s in found.steps if s.step == stage)
     about = {k: v for k, v in context.items() if k != "tier"}
-    made = [{"name": "preflight_error", "value": step.seconds / seconds - 1, "unit": "estimate over measured, less 1", "of": "seconds", **about}]
+    made = [{"name": "rate", "value": value, "unit": "seconds" if what == "call" else "a second", "of": what, **about} for what, value in vars(rates).items()]
+    made += [{"name": "total_s", "value": seconds, "unit": "s", "of": "all blocks and the making of the streams", **context}]
+    made += [{"name": "preflight_error", "value": step.seconds / seconds - 1, "unit": "estimate over measured, less 1", "of": "seconds", **about}]
     return made + ([{"name": "preflight_error", "value": step.device / 1e9 / memory - 1, "unit": "estimate over measured, less 1", "of": "device memory", **about}] if on_gpu else [])
 
 
@@ -329,7 +195,7 @@ def sweep_section(bench: Bench) -> Iterator[Record]:
     for stage, sequences in (("ptq_init", bench.calibration), ("weight_distill", bench.sequences), ("act_quant", bench.sequences)):
         folder = bench.scratch / stage
         watch = swept(bench, stage, sequences, start, folder)
-        memory = peak_gb(bench.hardware)
+        memory, allocated = peak_gb(bench.hardware), torch.cuda.max_memory_allocated() / 1e9
         tokens, whole, name = sequences * bench.tokens, watch.whole(), "stage1_s" if stage == "ptq_init" else "block_s"
         context = about | {"stage": stage, "tokens": tokens}
         seconds = projected = statistics.mean(whole[1:])
@@ -345,6 +211,7 @@ def sweep_section(bench: Bench) -> Iterator[Record]:
             {"name": "work_s", "value": statistics.mean(watch.work[1:]), "unit": "s a block", "of": "statistics and quantization" if stage == "ptq_init" else "training, with its batches copied from the store", **context},
             {"name": "slowest_block_s", "value": max(whole[1:]), "unit": "s", **context},
             {"name": "peak_gb", "value": memory, "unit": "GB", "of": "sweep", **context},
+            {"name": "allocated_gb", "value": allocated, "unit": "GB", "of": "sweep, tensors alone", **context},
             {"name": "host_growth_gb", "value": (watch.host[-1] - watch.host[1]) / max(len(watch.host) - 2, 1), "unit": "GB a block", **context},
         ]
         yield ({"name": "setup_s", "value": setup, "unit": "s a stage", "of": "room for the streams, embedding", **context})
@@ -383,12 +250,12 @@ def store_section(bench: Bench) -> list[Record]:
 
 
 def profile_section(bench: Bench) -> list[Record]:
-    """Print the kernels of a step, longest first."""
+    """Print the kernels of a step, longest first: stage 2 both ways, stage 3 (`frozen`)."""
     if bench.hardware.device.type != "cuda":
         return []
     from torch.profiler import ProfilerActivity, profile
 
-    for parameterization in ("nearest", "latent"):
+    for parameterization in ("nearest", "latent", "frozen"):
         step, _ = trained_block(bench, bench.shape, parameterization, bench.batch)
         for _ in range(3):
             step()
@@ -404,6 +271,22 @@ def profile_section(bench: Bench) -> list[Record]:
     return []
 
 
+def heard_within(command: Sequence[str], seconds: float) -> tuple[int, str, str]:
+    """Exit code and what a command says; after `seconds` it is asked to end (torchrun then ends its processes), and killed if it does not."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            said, complaint = running.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            running.terminate()
+            try:
+                said, complaint = running.communicate(timeout=LEAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                said, complaint = running.communicate()
+            complaint += f"\nnot done after {seconds:.0f} s"
+    return running.returncode, said, complaint
+
+
 def gpus_section(bench: Bench) -> list[Record]:
     """Data parallel training of one block in two processes, batch a GPU as on one (`bench_ranks.py`)."""
     if torch.cuda.device_count() < 2 and bench.shape != "tiny":
@@ -412,10 +295,10 @@ def gpus_section(bench: Bench) -> list[Record]:
     bench.decoder()  # written once, not by two processes
     about = {f.name: getattr(bench, f.name) for f in dataclasses.fields(bench) if f.name != "hardware"} | {"scratch": str(bench.scratch)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lbllm_core.bench_ranks", json.dumps(about)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [json.loads(line.removeprefix("STEP ")) for line in done.stdout.splitlines() if line.startswith("STEP ")]
-    if done.returncode or not found:
-        raise LbllmError(f"two processes ended with {done.returncode}: {done.stderr[-1500:]}")
+    code, said, complaint = heard_within(command, RANKS_SECONDS)
+    found = [json.loads(line.removeprefix("STEP ")) for line in said.splitlines() if line.startswith("STEP ")]
+    if code or len(found) != 1:
+        raise LbllmError(f"two processes ended with {code}: {complaint[-1500:]}")
     (times,) = found
     context = {"shape": bench.shape, "gpus": 2, "parameterization": "nearest", "batch": bench.batch, "tokens_a_step": 2 * bench.batch * bench.tokens}
     return [

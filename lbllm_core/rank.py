@@ -15,7 +15,7 @@ import torch
 from lbllm_core.config import config_from_dict
 from lbllm_core.engine.launch_ranks import FAULT, MARK
 from lbllm_core.engine.progress import Progress
-from lbllm_core.engine.ranks import Ranks
+from lbllm_core.engine.ranks import Ranks, join
 from lbllm_core.engine.step import StepContext
 from lbllm_core.errors import LbllmError
 
@@ -28,9 +28,7 @@ def main(file: Path) -> int:
     config = config_from_dict(request["config"])
     here, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = torch.cuda.is_available() and config.hardware.device != "cpu"
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    join(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu"))
 
     def report(p: Progress) -> None:
         print(MARK + json.dumps({"step": p.step, "done": p.done, "total": p.total, "unit": p.unit, "figures": dict(p.figures), "share": p.share, "begins": p.begins}), flush=True)

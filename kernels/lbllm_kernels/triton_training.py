@@ -7,11 +7,16 @@ in plain tensor operations these take longer than the products.
 **Passes a weight** (bytes; nearest-level codes; a bitmap adds the same for itself):
 
     quantized_weight   latent 4, made weight 2                          once a step, whatever the number of micro-batches
-    gradient_sums      gradient 2, latent 4                             sums a level of each group, and squares for the norm
+    gradient_sums      gradient 2, latent 4                             sums a level of each group, and squares for the norm; gradient of learned levels
     fake_quantized     a channel and token: in 2, out 2; backward in 4, out 2
     adamw_             gradient 2, latent 8, two moments 16             the gradient of a made weight IS the latent weight's (straight-through)
 
 38 bytes x 202 M = 7.7 GB, 3 ms at 2.5 TB/s. Gradients of weights stay in bf16, as the product wrote them; masters and moments are float32.
+
+**Learned levels** come as they are stored, fractions of a row's largest in any order. The kernel that makes the weight sorts the four of a
+group (six comparisons; equal ones as stored, NaN last: a stable sort), rounds them to the int8 grid and scales them; the one that sums
+gradients sends each sum back to where its level is stored. As tensor operations that is a dozen small passes, and sorting four numbers a
+group with `torch.sort` alone took a fifth of a step.
 
 **Layout.** When G divides `in`, a weight `(out, in)` is a table `(out * n_groups, G)` and levels are `(out * n_groups, 4)`: every kernel
 works on a tile of whole groups. Norms, rotary embedding and the gate work on a token at a time, hidden states in float32, what enters a
@@ -50,12 +55,62 @@ def fits(columns: int, group_size: int) -> bool:
 
 
 @triton.jit
-def _levels(levels, group, inside):
-    a = tl.load(levels + group * 4, mask=inside, other=0.0)[:, None]
-    b = tl.load(levels + group * 4 + 1, mask=inside, other=0.0)[:, None]
-    c = tl.load(levels + group * 4 + 2, mask=inside, other=0.0)[:, None]
-    d = tl.load(levels + group * 4 + 3, mask=inside, other=0.0)[:, None]
+def _later(a, b):
+    """1 where `a`, stored before `b`, comes after it in ascending order."""
+    return (((a > b) | (a != a)) & (b == b)).to(tl.int32)
+
+
+@triton.jit
+def _ranks(a, b, c, d):
+    """The place 0..3 of each of four numbers in ascending order; equal ones keep their order, NaN comes last."""
+    ab, ac, ad, bc, bd, cd = _later(a, b), _later(a, c), _later(a, d), _later(b, c), _later(b, d), _later(c, d)
+    return ab + ac + ad, 1 - ab + bc + bd, 2 - ac - bc + cd, 3 - ad - bd - cd
+
+
+@triton.jit
+def _pick(place, a, b, c, d):
+    """`(a, b, c, d)[place]`, elementwise."""
+    return tl.where(place < 2, tl.where(place == 0, a, b), tl.where(place == 2, c, d))
+
+
+@triton.jit
+def _ranked(k: tl.constexpr, ra, rb, rc, a, b, c, d):
+    """The one of four numbers whose rank is k."""
+    return tl.where(ra == k, a, tl.where(rb == k, b, tl.where(rc == k, c, d)))
+
+
+@triton.jit
+def _on_grid(level, scale):
+    """A learned level, a fraction of 127, as a real number: to the int8 grid, times the row's scale. NaN stays NaN."""
+    unit = level * 127.0
+    return tl.where(unit == unit, tl.minimum(tl.maximum(_rint(unit), -127.0), 127.0), unit) * scale
+
+
+@triton.jit
+def _stored(levels, group, here):
+    """Four numbers of each group, `(ROWS,)`."""
+    a = tl.load(levels + group * 4, mask=here, other=0.0)
+    b = tl.load(levels + group * 4 + 1, mask=here, other=0.0)
+    c = tl.load(levels + group * 4 + 2, mask=here, other=0.0)
+    d = tl.load(levels + group * 4 + 3, mask=here, other=0.0)
     return a, b, c, d
+
+
+@triton.jit
+def _entry(group_codes, group, here, TABLE: tl.constexpr):
+    """Where the levels of each group are stored: at its place, or in the entry of the table that it picks."""
+    if TABLE:
+        place = tl.load(group_codes + group, mask=here, other=0).to(tl.int64)
+    else:
+        place = group
+    return place
+
+
+@triton.jit
+def _levels(levels, group, here):
+    """Four real levels of each group, `(ROWS, 1)`."""
+    a, b, c, d = _stored(levels, group, here)
+    return a[:, None], b[:, None], c[:, None], d[:, None]
 
 
 @triton.jit
@@ -91,19 +146,36 @@ def _polarizing(bitmap_value, beta, weight):
 
 
 @triton.jit
-def _quantized_weight(source, bitmap, levels, out, groups, G: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr):
+def _quantized_weight(
+    source, bitmap, levels, scales, group_codes, scaled, out, groups, per_row,
+    G: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr, LEARNED: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = group < groups
     at = group[:, None] * G + tl.arange(0, G)[None, :]
     inside = here[:, None] & (tl.arange(0, G)[None, :] < G)
-    a, b, c, d = _levels(levels, group, here)
+    if LEARNED:
+        scale = tl.load(scales + group // per_row, mask=here, other=0.0)
+        a, b, c, d = _stored(levels, _entry(group_codes, group, here, TABLE), here)
+        ra, rb, rc, _ = _ranks(a, b, c, d)
+        first, second = _on_grid(_ranked(0, ra, rb, rc, a, b, c, d), scale), _on_grid(_ranked(1, ra, rb, rc, a, b, c, d), scale)
+        third, fourth = _on_grid(_ranked(2, ra, rb, rc, a, b, c, d), scale), _on_grid(_ranked(3, ra, rb, rc, a, b, c, d), scale)
+        tl.store(scaled + group * 4, first, mask=here)
+        tl.store(scaled + group * 4 + 1, second, mask=here)
+        tl.store(scaled + group * 4 + 2, third, mask=here)
+        tl.store(scaled + group * 4 + 3, fourth, mask=here)
+        a, b, c, d = first[:, None], second[:, None], third[:, None], fourth[:, None]
+    else:
+        a, b, c, d = _levels(levels, group, here)
     code = _code(source, bitmap, at, inside, a, b, c, d, MODE)
-    value = tl.where(code < 2, tl.where(code == 0, a, b), tl.where(code == 2, c, d))
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, _pick(code, a, b, c, d).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gradient_sums(grad, source, bitmap, levels, sums, squares, beta_at, weight, groups, G: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr, POLARIZE: tl.constexpr):
+def _gradient_sums(
+    grad, source, bitmap, levels, learned, scales, group_codes, to_levels, to_rows, squares, beta_at, weight, groups, per_row,
+    G: tl.constexpr, ROWS: tl.constexpr, MODE: tl.constexpr, POLARIZE: tl.constexpr, LEARNED: tl.constexpr, TABLE: tl.constexpr, MOVING: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = group < groups
     at = group[:, None] * G + tl.arange(0, G)[None, :]
@@ -111,15 +183,31 @@ def _gradient_sums(grad, source, bitmap, levels, sums, squares, beta_at, weight,
     a, b, c, d = _levels(levels, group, here)
     code = _code(source, bitmap, at, inside, a, b, c, d, MODE)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    for k in tl.static_range(4):
-        tl.store(sums + group * 4 + k, tl.sum(tl.where(code == k, g, 0.0), axis=1), mask=here)
-    square = g * g
-    if MODE == 2:
+    first, second = tl.sum(tl.where(code == 0, g, 0.0), axis=1), tl.sum(tl.where(code == 1, g, 0.0), axis=1)
+    third, fourth = tl.sum(tl.where(code == 2, g, 0.0), axis=1), tl.sum(tl.where(code == 3, g, 0.0), axis=1)
+    norm = tl.zeros_like(first)
+    if MOVING > 0:
+        norm += tl.sum(g * g, axis=1)
+    if MOVING == 2:
         to_bitmap = g * _pair_difference(source, at, inside, a, b, c, d)
         if POLARIZE:
             to_bitmap += _polarizing(tl.load(bitmap + at, mask=inside, other=0.0), tl.load(beta_at), weight)
-        square += tl.where(inside, to_bitmap * to_bitmap, 0.0)
-    tl.store(squares + group, tl.sum(square, axis=1), mask=here)
+        norm += tl.sum(tl.where(inside, to_bitmap * to_bitmap, 0.0), axis=1)
+    if LEARNED:
+        low, high, upper, top = _stored(levels, group, here)
+        tl.store(to_rows + group, first * low + second * high + third * upper + fourth * top, mask=here)
+        scale = tl.load(scales + group // per_row, mask=here, other=0.0)
+        e, f, h, i = _stored(learned, _entry(group_codes, group, here, TABLE), here)
+        re, rf, rh, ri = _ranks(e, f, h, i)
+        e, f = _pick(re, first, second, third, fourth) * scale * 127.0, _pick(rf, first, second, third, fourth) * scale * 127.0
+        h, i = _pick(rh, first, second, third, fourth) * scale * 127.0, _pick(ri, first, second, third, fourth) * scale * 127.0
+        norm += e * e + f * f + h * h + i * i
+        first, second, third, fourth = e, f, h, i
+    tl.store(to_levels + group * 4, first, mask=here)
+    tl.store(to_levels + group * 4 + 1, second, mask=here)
+    tl.store(to_levels + group * 4 + 2, third, mask=here)
+    tl.store(to_levels + group * 4 + 3, fourth, mask=here)
+    tl.store(squares + group, norm, mask=here)
 
 
 @triton.jit
@@ -166,27 +254,75 @@ def _tiles(levels: Tensor, group_size: int) -> tuple[int, int, tuple[int]]:
     return groups, rows, (triton.cdiv(groups, rows),)
 
 
-def quantized_weight(source: Tensor, bitmap: Tensor | None, levels: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """The weight that is used: source `(out, in)` latent float32 or codes uint8, bitmap like it, levels `(out, n_groups, 4)` -> `(out, in)`."""
-    mode = CODES if source.dtype == torch.uint8 else BITMAP if bitmap is not None else NEAREST
+def _mode(source: Tensor, bitmap: Tensor | None) -> int:
+    return CODES if source.dtype == torch.uint8 else BITMAP if bitmap is not None else NEAREST
+
+
+def quantized_weight(
+    source: Tensor, bitmap: Tensor | None, levels: Tensor, group_size: int, dtype: torch.dtype, scale: Tensor | None = None, group_codes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weight that is used, `(out, in)`, and its real levels, ascending, `(out, n_groups, 4)`.
+
+    source `(out, in)` latent float32 or codes uint8, bitmap like it. levels `(out, n_groups, 4)`: real ones; with `scale (out,)` learned
+    ones, fractions of 127 in any order, which are sorted, rounded to the int8 grid and scaled here; with `group_codes (out, n_groups)` uint8
+    too, those of a table `(entries, 4)`.
+    """
     made = torch.empty(source.shape, dtype=dtype, device=source.device)
-    groups, rows, grid = _tiles(levels, group_size)
-    _quantized_weight[grid](source, source if bitmap is None else bitmap, levels, made, groups, G=group_size, ROWS=rows, MODE=mode)
-    return made
+    per_row = source.shape[1] // group_size
+    scaled = levels if scale is None else torch.empty(source.shape[0], per_row, 4, device=source.device)
+    groups, rows, grid = _tiles(scaled, group_size)
+    _quantized_weight[grid](
+        source, source if bitmap is None else bitmap, levels, levels if scale is None else scale, source if group_codes is None else group_codes,
+        scaled, made, groups, per_row,
+        G=group_size, ROWS=rows, MODE=_mode(source, bitmap), LEARNED=scale is not None, TABLE=group_codes is not None, enable_fp_fusion=False,
+    )  # fmt: skip  # no fusion: a midpoint is a rounded sum
+    return made, scaled
 
 
 def gradient_sums(
-    grad: Tensor, source: Tensor, bitmap: Tensor | None, levels: Tensor, group_size: int, beta: Tensor | None = None, weight: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """From the gradient of the used weight `(out, in)`: that of the levels, like `levels`, and the squared norm `()` of those of latent and bitmap."""
-    mode = CODES if source.dtype == torch.uint8 else BITMAP if bitmap is not None else NEAREST
+    grad: Tensor, source: Tensor, bitmap: Tensor | None, levels: Tensor, group_size: int, squares: Tensor, moving: int = 1,
+    learned: tuple[Tensor, Tensor] | None = None, beta: Tensor | None = None, weight: float = 0.0, group_codes: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """From the gradient of the used weight `(out, in)`: that of the levels, `(out, n_groups, 4)`, and that of the rows' gains `(out,)`.
+
+    `levels`: real ones, as `quantized_weight` gave them. `learned`: levels as stored and the scale they were made with; the gradient is then
+    theirs (with `group_codes`, what each group has for its entry of the table: `entry_sums` adds them up), and a gain is an exponent of the scale. Without, it is that of the real levels, and there is none of gains. `squares (groups,)`
+    receives the squared norm of what each group's latent weights (`moving` 1), also bitmap (2), or neither (0), and learned levels get.
+    """
     groups, rows, grid = _tiles(levels, group_size)
-    sums, squares = torch.empty_like(levels), torch.empty(groups, device=levels.device)
+    to_levels = torch.empty_like(levels)
+    to_rows = None if learned is None else torch.empty(levels.shape[:2], device=levels.device)
+    stored, scale = (levels, levels) if learned is None else learned
     _gradient_sums[grid](
-        grad, source, source if bitmap is None else bitmap, levels, sums, squares, levels if beta is None else beta, weight, groups,
-        G=group_size, ROWS=rows, MODE=mode, POLARIZE=beta is not None,
+        grad, source, source if bitmap is None else bitmap, levels, stored, scale, source if group_codes is None else group_codes,
+        to_levels, squares if to_rows is None else to_rows, squares, levels if beta is None else beta, weight, groups, groups // source.shape[0],
+        G=group_size, ROWS=rows, MODE=_mode(source, bitmap), POLARIZE=beta is not None, LEARNED=learned is not None, TABLE=group_codes is not None, MOVING=moving,
     )  # fmt: skip
-    return sums, squares.sum()
+    return to_levels, None if to_rows is None else to_rows.sum(1)
+
+
+@triton.jit
+def _entry_sums(given, order, starts, out, BLOCK: tl.constexpr):
+    entry = tl.program_id(0)
+    first, last = tl.load(starts + entry), tl.load(starts + entry + 1)
+    at = tl.arange(0, BLOCK)[:, None]
+    four = tl.arange(0, 4)[None, :]
+    total = tl.zeros((BLOCK, 4), tl.float32)
+    for start in range(first, last, BLOCK):
+        inside = start + at < last
+        group = tl.load(order + start + at, mask=inside, other=0).to(tl.int64)
+        total += tl.load(given + group * 4 + four, mask=inside & (four < 4), other=0.0)
+    tl.store(out + entry * 4 + tl.arange(0, 4), tl.sum(total, 0))
+
+
+def entry_sums(given: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """What each entry of a table gets from the groups that pick it, always in one order: given `(out, n_groups, 4)` -> `(entries, 4)`.
+
+    order `(groups,)` int32: groups by entry; starts `(entries + 1,)` int32: where those of each entry begin.
+    """
+    made = torch.empty(len(starts) - 1, 4, device=given.device)
+    _entry_sums[(len(starts) - 1,)](given, order, starts, made, BLOCK=128)
+    return made
 
 
 def adamw_(

@@ -6,6 +6,16 @@ output and returns the block's new state; the student's stream then advances thr
 so memory is bounded by a block and two streams, and these may lie on the host or on disk (`hidden_states.py`). A decoder whose blocks
 are read from disk one at a time (`model/streamed.py`) bounds the teacher too: neither model is ever whole anywhere.
 
+**Memory of a GPU**, stage 2, in bytes a weight of the block (W weights; LLaMA-2-7B's has 202 M, and 16 bytes a weight are 3.2 GB); a
+phase ends with the allocator's cache given back, since the next one has tensors of other sizes:
+
+    teacher's pass     2 teacher (4 while it is read)                                           + a pass of activations
+    building           4 latent + 4 the state's, one linear at a time + 20 bytes a weight of the largest linear
+    training           4 latent + 8 moments + 2 made weight + 2 its gradient + 0.5 levels      + activations of a batch, forward and backward
+    student's pass     5 the state (codes, latent) + 2 student                                 + a pass of activations
+
+A streamed teacher's linears are freed when its targets are made. `tests/training/test_latent_step.py` counts the copies.
+
 Finished blocks are in the ledger: a restart replays the streams through them (a forward pass) and goes on with the first missing
 one. On a CPU the replay is bit-equal, and so is everything after it.
 """
@@ -24,10 +34,11 @@ from torch import Tensor, nn
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.hidden_states import At, HiddenStates, StorePlan, handfuls
 from lbllm_core.engine.ledger import Ledger
+from lbllm_core.engine.memory import settle
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.ranks import ALONE, Ranks
 from lbllm_core.model import fused_block
-from lbllm_core.model.blocks import SITE_OF, Decoder
+from lbllm_core.model.blocks import Decoder, linears_of
 from lbllm_core.model.student import BlockState, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
 
@@ -145,14 +156,15 @@ class _Watch:
         return losses | {"tokens_per_s": tokens / max(time.monotonic() - self.began, 1e-9)}
 
 
-def in_compute_type(block: nn.Module, hardware: Hardware) -> nn.Module:
-    """On a GPU, a block's linears as autocast would cast them in every pass: the same numbers, cast once. In place."""
-    if hardware.device.type == "cuda" and hardware.compute_dtype != torch.float32:
-        for path in SITE_OF:
-            module: Any = block.get_submodule(path)
-            linear = module[1] if isinstance(module, nn.Sequential) else module
-            linear.weight.data = linear.weight.data.to(hardware.compute_dtype)
-    return block
+def pass_type(hardware: Hardware) -> torch.dtype:
+    """What weights are kept in that only passes are made through: on a GPU as autocast would cast them in every pass, the same numbers cast once."""
+    return hardware.compute_dtype if hardware.device.type == "cuda" else torch.float32
+
+
+def let_go(block: nn.Module) -> None:
+    """Free the weights of a streamed teacher block's linears: its target is made, and a student block takes only the rest of it."""
+    for linear in linears_of(block).values():
+        linear.weight.data = linear.weight.data.new_empty(0)
 
 
 def sweep(
@@ -177,18 +189,23 @@ def sweep(
                 watch.report(Progress(plan.step, done, total, "block", begins=True))
             watch.begin(index)
             block = decoder.blocks[index]
-            if decoder.streamed and plan.needs_target:  # it is ours alone, and only passes are made through it
-                block = in_compute_type(block, hardware)
+            if decoder.streamed and plan.needs_target:  # it is ours alone
+                for linear in linears_of(block).values():
+                    linear.weight.data = linear.weight.data.to(pass_type(hardware))
             job = BlockJob(index, block, student, None, decoder, around, hardware, watch.tell)
             if teacher is not None and not (plan.target_on_student_stream and index < done):
                 advance(job, block, student if plan.target_on_student_stream else teacher, teacher)
                 job = replace(job, target=teacher)
+                if decoder.streamed:
+                    let_go(block)
             if index < done:
                 state = state_from_tensors(ledger.load(index), plan.variant, plan.act_group_size)
                 figures = ledger.figures(index)
             else:
+                settle(hardware.device)
                 state, figures = work(job)
-            advance(job, in_compute_type(build_block(block, state, "fixed", plan.kv_bits), hardware), student, student)
+                settle(hardware.device)
+            advance(job, build_block(block, state, "fixed", plan.kv_bits, dtype=pass_type(hardware)), student, student)
             if index >= done:
                 if job.target is not None:
                     figures["block_rel_mse"] = relative_error(student, job.target, hardware.ranks)

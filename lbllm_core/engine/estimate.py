@@ -27,6 +27,8 @@ two streams (2 S, in their number type) are counted there and a window of a few 
     pack               the teacher's fake-quantized copy, the packed model
     evaluate           logits of a forward pass
 
+Sweeps over large blocks on a GPU do other work and have formulas of their own, in `engine/estimate_large.py`.
+
 It is an estimate: docs/preflight.md says how far it was off where it was compared.
 """
 
@@ -37,28 +39,22 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from lbllm_core.config import RunConfig, canonical_json, select
+from lbllm_core.engine import estimate_large
 from lbllm_core.engine.machine import Rates
+from lbllm_core.engine.needs import NUMBER_BYTES, PASS_TOKENS, SHARD, Work, forward, level_bytes, site_sides, streams
 from lbllm_core.model.inspect import Shapes
 from lbllm_core.pipeline import SWEEPS, PlannedStep, plan
 from lbllm_core.quant.bits import linear_bits
 
-OVERHEAD = 1.35  # attention, norms and small products do not run at the speed of the probe
 PROCESS_BYTES = 1_300_000_000  # Python, torch and transformers in the run's process, Prefect's server beside it
 DEVICE_BYTES = 700_000_000  # a CUDA context and the allocator's slack
-PASS_TOKENS = 8192  # tokens of a forward pass over a stream
 LOGIT_ROWS = 1024
-SHARD = 1 << 27  # bytes of a shard of hidden states
 COLUMN_CALLS = 45  # small operations a column of the compensated loop
 TABLE_BYTES = 920  # fitting a table: a (group, round, entry)
 ASSIGN_BYTES = 10_500  # choosing entries: a weight
 EM_BYTES = 770  # explicit levels: a (weight, round, start)
 STEP_BYTES = 260  # making weights, their gradients and the optimizer's step: a weight and training step, stage 2
 FROZEN_BYTES = 90  # the same in stages 3 and 4, where codes are fixed
-FUSED_FROM = 1 << 25  # weights of a block from which a GPU's kernels make these passes (`engine/latent_step.py`)
-FUSED_STEP_BYTES = 45
-FUSED_FROZEN_BYTES = 10
-FUSED_QUANT_BYTES = 12
-FUSED_PASSES = 0.3  # of the elementwise passes of activations
 QUANT_BYTES = 300  # activation quantizers, forward and backward: a channel of a site and token
 STEP_CALLS = 1500  # small operations a training step of one block
 FORWARD_CALLS = 120  # small operations a forward pass of one block
@@ -67,21 +63,6 @@ PROCESS_SECONDS = 4.5  # a fresh process of the speed measurement: Python, torch
 # tokens of complete texts and of one example of a task (all its choices), for models with tens of thousands of symbols
 TEXT_TOKENS = {"wikitext2": 300_000, "ptb": 110_000, "c4": 131_072, "tinystories": 8_000, "embedded": 60_000, "synthetic": 8_192}
 TASK_TOKENS = {"piqa": (1838, 75), "arc_easy": (2376, 140), "arc_challenge": (1172, 160), "boolq": (3270, 290), "hellaswag": (10042, 380), "winogrande": (1267, 56), "mmlu": (14042, 2800)}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One step's needs: operations (in float32, in the compute type), bytes of passes, calls, seconds; bytes of memory and disk."""
-
-    fp32: float = 0.0
-    compute: float = 0.0
-    passes: float = 0.0
-    calls: float = 0.0
-    hashed: float = 0.0
-    seconds: float = 0.0
-    host: float = 0.0
-    device: float = 0.0  # where it computes: the host's own, when that is the CPU
-    disk: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,18 +120,13 @@ def estimate(config: RunConfig, shapes: Shapes, rates: Rates, on_device: bool) -
 
 def _step(planned: PlannedStep, shapes: Shapes, rates: Rates, on_device: bool) -> StepEstimate:
     work = WORK[planned.spec.name](planned.config, shapes)
-    fixed = work.seconds + 4 * shapes.parameters * 3 / rates.hashing + work.hashed / rates.hashing
-    seconds = OVERHEAD * (work.fp32 / rates.matmul_fp32 + work.compute / rates.matmul_compute) + work.passes / rates.traffic + work.calls * rates.call + fixed
+    fixed = work.seconds + (12.0 * shapes.parameters * work.whole_teacher + work.hashed) / rates.hashing
+    seconds = work.overhead * (work.fp32 / rates.matmul_fp32 + work.compute / rates.matmul_compute) + work.passes / rates.traffic + work.calls * rates.call + fixed
     if on_device and work.device:
         streamed = planned.spec.name in SWEEPS and planned.config.hardware.streaming == "on"
         host = work.host if streamed else work.host + 4 * shapes.parameters
         return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + host, DEVICE_BYTES + work.device)
     return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + work.host + work.device, 0.0)
-
-
-def forward(s: Shapes, tokens: int) -> float:
-    """Operations of one block a token, in sequences of `tokens`."""
-    return 2.0 * s.linears + 4.0 * tokens * s.heads * s.head_dim
 
 
 def activation_bytes(s: Shapes, tokens: int) -> float:
@@ -191,17 +167,11 @@ def _forward_only(c: RunConfig, s: Shapes, tokens: float) -> Work:
     return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS, device=memory)
 
 
-def _streams(c: RunConfig, s: Shapes, sequences: int) -> tuple[float, float, float]:
-    """(tokens, bytes of one stream, operations of one forward pass of all of them through all blocks)."""
-    tokens = float(sequences * c.dataset.seq_len)
-    return tokens, 4.0 * tokens * s.hidden, tokens * s.blocks * forward(s, c.dataset.seq_len)
-
-
 def _held(c: RunConfig, s: Shapes, stream: float, copies: int) -> Work:
     """Bytes of the teacher and of `copies` float32 streams of `stream` bytes, by where they lie; `hardware` is resolved (`engine/tiers.py`)."""
     streamed = c.hardware.streaming == "on"
     teacher = 8.0 * s.linears if streamed else 4.0 * s.parameters
-    width = {"fp32": 1.0, "bf16": 0.5, "fp8": 0.25}[c.hardware.hidden_dtype]
+    width = NUMBER_BYTES[c.hardware.hidden_dtype] / 4.0
     host = 4.0 * s.embedding if streamed else 0.0
     if c.hardware.hidden_tier in ("auto", "device"):
         return Work(device=teacher + copies * width * stream, host=host)
@@ -212,8 +182,12 @@ def _held(c: RunConfig, s: Shapes, stream: float, copies: int) -> Work:
 
 
 def _ptq_init(c: RunConfig, s: Shapes) -> Work:
-    tokens, stream, passed = _streams(c, s, c.ptq_init.sequences)
-    sides = (s.hidden, s.heads * s.head_dim, s.hidden, s.ffn)
+    if estimate_large.suits(c, s) and c.scheme.level_mode == "explicit":
+        made = estimate_large.ptq_init(c, s)
+        converted = 4.0 * s.parameters * s.converted
+        return replace(made, hashed=converted, disk=made.disk + converted)
+    tokens, stream, passed = streams(c, s, c.ptq_init.sequences)
+    sides = site_sides(s)
     moments = sum(side * side for side in sides)
     fp32 = tokens * s.blocks * 2.0 * moments + s.blocks * 8.0 * sum(side**3 for side in sides) * c.ptq_init.error_compensation
     if c.scheme.level_mode == "codebook":
@@ -227,41 +201,35 @@ def _ptq_init(c: RunConfig, s: Shapes) -> Work:
     held = _held(c, s, stream, 3)
     memory = held.device + 4.0 * moments + 12.0 * max(sides) ** 2 + largest + activation_bytes(s, int(min(tokens, PASS_TOKENS)))
     converted = 4.0 * s.parameters * s.converted
-    disk = s.blocks * s.linears * (2.25 + _level_bytes(c)) + converted
+    disk = s.blocks * s.linears * (2.25 + level_bytes(c)) + converted
     return Work(fp32=fp32, compute=2 * passed, passes=passes, calls=calls, hashed=disk, seconds=LOAD_SECONDS, host=held.host, device=memory, disk=disk + held.disk)
 
 
-def _level_bytes(c: RunConfig) -> float:
-    """Bytes a weight that levels take in a student: float32 in training, stored a group or in a table."""
-    return 16.0 / c.scheme.group_size if c.scheme.level_mode == "explicit" else 1.0 / c.scheme.group_size
-
-
 def _training(c: RunConfig, s: Shapes, sequences: int, epochs: int, batch: int, weight_bytes: float, quantized: bool) -> Work:
-    tokens, stream, passed = _streams(c, s, sequences)
+    tokens, stream, passed = streams(c, s, sequences)
     steps = epochs * -(-sequences // batch)
-    sites = 2 * s.hidden + s.heads * s.head_dim + s.ffn
-    fused = c.hardware.device == "cuda" and s.linears >= FUSED_FROM
-    if fused:
-        weight_bytes = FUSED_FROZEN_BYTES if weight_bytes == FROZEN_BYTES else FUSED_STEP_BYTES
-    share, quant_bytes = (FUSED_PASSES, FUSED_QUANT_BYTES) if fused else (1.0, QUANT_BYTES)
-    activations = 3 * epochs * tokens * 4.0 * (24 * s.hidden + 10 * s.ffn) * share
-    passes = s.blocks * (steps * s.linears * weight_bytes + activations + quantized * tokens * epochs * sites * quant_bytes)
+    activations = 3 * epochs * tokens * 4.0 * (24 * s.hidden + 10 * s.ffn)
+    passes = s.blocks * (steps * s.linears * weight_bytes + activations + quantized * tokens * epochs * sum(site_sides(s)) * QUANT_BYTES)
     calls = s.blocks * (steps * STEP_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
     at_once = min(batch, sequences) * c.dataset.seq_len
     held = _held(c, s, stream, 4)
     memory = held.device + activation_bytes(s, at_once) * (2 if quantized else 1)
-    disk = s.blocks * s.linears * (0.25 + _level_bytes(c))
+    disk = s.blocks * s.linears * (0.25 + level_bytes(c))
     return Work(compute=passed * (2 + 3 * epochs), passes=passes, calls=calls, hashed=2 * disk, seconds=LOAD_SECONDS, host=held.host, device=memory, disk=disk + held.disk)
 
 
 def _weight_distill(c: RunConfig, s: Shapes) -> Work:
-    w = c.weight_distill
-    made = _training(c, s, w.sequences, w.epochs, w.batch_size, STEP_BYTES, w.joint and c.scheme.act_bits == 4)
+    w, quantized = c.weight_distill, c.weight_distill.joint and c.scheme.act_bits == 4
+    if estimate_large.suits(c, s):
+        return estimate_large.training(c, s, "weight_distill", w.sequences, w.epochs, w.batch_size, quantized)
+    made = _training(c, s, w.sequences, w.epochs, w.batch_size, STEP_BYTES, quantized)
     return replace(made, device=made.device + 36.0 * s.linears)
 
 
 def _act_quant(c: RunConfig, s: Shapes) -> Work:
     a = c.act_quant
+    if estimate_large.suits(c, s):
+        return estimate_large.training(c, s, "act_quant", a.sequences, a.epochs, a.batch_size, c.scheme.act_bits == 4)
     made = _training(c, s, a.sequences, a.epochs, a.batch_size, FROZEN_BYTES, c.scheme.act_bits == 4)
     return replace(made, device=made.device + 22.0 * s.linears)
 
@@ -271,14 +239,13 @@ def _end_to_end(c: RunConfig, s: Shapes) -> Work:
     tokens = float(e.steps * e.batch_size * c.dataset.seq_len)
     student = 3 + e.gradient_checkpointing
     compute = tokens * (s.blocks * (1 + student) * forward(s, c.dataset.seq_len) + 5 * 2.0 * s.hidden * s.vocabulary * e.logit_share)
-    sites = 2 * s.hidden + s.heads * s.head_dim + s.ffn
     micro = e.micro_batch * c.dataset.seq_len
     passes = e.steps * s.blocks * s.linears * (STEP_BYTES if e.lr_weight else FROZEN_BYTES) + tokens * (s.blocks * 4 * 4.0 * (24 * s.hidden + 10 * s.ffn) + 40.0 * s.vocabulary * e.logit_share)
-    passes += tokens * s.blocks * sites * QUANT_BYTES * (c.scheme.act_bits == 4)
+    passes += tokens * s.blocks * sum(site_sides(s)) * QUANT_BYTES * (c.scheme.act_bits == 4)
     kept = 1 if e.gradient_checkpointing else s.blocks
     rows = min(LOGIT_ROWS, micro * e.logit_share)
     memory = 4.0 * s.parameters + (29.0 if e.lr_weight else 13.0) * s.blocks * s.linears + kept * activation_bytes(s, micro) * (2 if c.scheme.act_bits == 4 else 1) + rows * s.vocabulary * 4.0 * 6
-    disk = s.blocks * s.linears * (0.25 + _level_bytes(c))
+    disk = s.blocks * s.linears * (0.25 + level_bytes(c))
     calls = e.steps * -(-e.batch_size // e.micro_batch) * s.blocks * STEP_CALLS
     return Work(compute=compute, passes=passes, calls=calls, hashed=2 * disk, seconds=LOAD_SECONDS, device=memory, disk=disk)
 

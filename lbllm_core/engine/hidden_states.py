@@ -16,6 +16,10 @@ always ahead. On disk a shard's new file replaces the old one when it is complet
 Writing goes through `write`, never through a map: a full disk is then an error with a message and not a signal. Streams are scratch;
 what is finished is in the ledger, and a rerun makes the streams again.
 
+**Memory.** Work for a GPU is queued much faster than it is done, and a batch that is queued is a batch in memory: a pass of 8192 tokens of a
+LLaMA-2-7B block is some thirty launches of a thousand that fit into the queue. So nobody runs more than `AHEAD` batches ahead: before a further one
+is sent, the device has to be done with the one `AHEAD` before (`_Lag`). `2 AHEAD + 1` batches of a stream are then on the device at most.
+
 **Checksum.** Two sums of the file's 64-bit words, plain and weighted by position, modulo 2^64: fast enough (several GB/s) to check every
 shard each time that it is first read after it was written, and it finds any single damaged word and any two that were swapped.
 """
@@ -27,6 +31,7 @@ import errno
 import math
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,17 +137,20 @@ class HiddenStates:
             for at in chosen:
                 yield decode(self.backing.read(at))
             return
+        used = _Lag(lambda: torch.cuda.current_stream(self.device).record_event())
         with ThreadPoolExecutor(1) as pool:
-            coming = [pool.submit(self._fetch, at) for at in chosen[: AHEAD + 1]]
-            for following in range(AHEAD + 1, AHEAD + 1 + len(chosen)):
-                parts, ready = coming.pop(0).result()
+            coming = [pool.submit(self._fetch, at) for at in chosen[:AHEAD]]
+            for following in range(AHEAD, AHEAD + len(chosen)):
                 if following < len(chosen):
                     coming.append(pool.submit(self._fetch, chosen[following]))
+                parts, ready = coming.pop(0).result()
                 here = torch.cuda.current_stream(self.device)
                 here.wait_event(ready)
                 for part in parts:
                     part.record_stream(here)
                 yield decode(parts)
+                del parts
+                used.queued()
 
     def _fetch(self, at: At) -> tuple[tuple[Tensor, ...], Any]:
         """Start the copy of some sequences to the GPU, on the side stream."""
@@ -159,6 +167,7 @@ class HiddenStates:
         Raises ArtifactError when the disk is full.
         """
         at = 0
+        written = _Lag(lambda: self.side.record_event())
 
         def put(states: Tensor) -> None:
             nonlocal at
@@ -172,6 +181,7 @@ class HiddenStates:
                     self.backing.write(at, parts)
                     for part in parts:
                         part.record_stream(self.side)
+                written.queued()
             else:
                 self.backing.write(at, parts)
             at += len(states)
@@ -196,6 +206,20 @@ class HiddenStates:
     def close(self) -> None:
         """Remove what is on disk."""
         self.backing.close()
+
+
+class _Lag:
+    """Keeps whoever queues batches at most AHEAD of them in front of the device; `mark` records an event behind what is queued."""
+
+    def __init__(self, mark: Callable[[], Any]):
+        self.mark = mark
+        self.events: deque[Any] = deque()
+
+    def queued(self) -> None:
+        """Another batch is queued: wait for the one AHEAD before it."""
+        self.events.append(self.mark())
+        if len(self.events) > AHEAD:
+            self.events.popleft().synchronize()
 
 
 def handfuls(shape: Sequence[int]) -> list[At]:

@@ -5,6 +5,9 @@
     call          seconds that one small operation costs whatever its size (Python, dispatch, a kernel launch)
     hashing       bytes a second of sha256, which every artifact goes through
 
+On a GPU the product is that of a training step: thousands of tokens, weights in the compute type already, values that differ (constant ones draw
+less power and run faster).
+
 Constants of one machine would be wrong on the next; these are measured where the run will be, once a process. Other programs on the
 machine make them lower, as they will make the run.
 
@@ -28,6 +31,7 @@ from lbllm_core.engine.hardware import Hardware
 
 PROBE_SECONDS = 0.12
 PROBE_TOKENS = 512
+GPU_TOKENS = 4096
 LARGE = 1 << 24  # elements of the tensor that traffic is measured on: 64 MB
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -90,18 +94,20 @@ def _cgroup_limits() -> list[int]:
 @functools.lru_cache(maxsize=16)
 def rates(hardware: Hardware, inner: int, outer: int) -> Rates:
     """Speeds for products `(tokens, inner) x (inner, outer)`; about a second the first time, remembered in this process."""
-    device = hardware.device
-    x = torch.full((PROBE_TOKENS, inner), 0.01, device=device)
-    w = torch.full((outer, inner), 0.01, device=device)
-    operations = 2.0 * PROBE_TOKENS * inner * outer
-
-    def product() -> None:
-        torch.nn.functional.linear(x, w)
+    device, wide, narrow = hardware.device, torch.float32, hardware.compute_dtype
+    tokens = GPU_TOKENS if device.type == "cuda" else PROBE_TOKENS
+    drawn = torch.Generator(device).manual_seed(0)  # its own: a run's random numbers stay what they are
+    x, w = (torch.rand(size, inner, device=device, generator=drawn) - 0.5 for size in (tokens, outer))
+    operations = 2.0 * tokens * inner * outer
 
     with torch.no_grad():
-        fp32 = operations / _seconds(product, hardware)
-        with hardware.autocast():
-            compute = operations / _seconds(product, hardware) if hardware.compute_dtype != torch.float32 else fp32
+        fp32 = compute = operations / _seconds(lambda: torch.nn.functional.linear(x, w), hardware)
+        if narrow != wide and device.type == "cuda":
+            made = x.to(narrow), w.to(narrow)
+            compute = operations / _seconds(lambda: torch.nn.functional.linear(*made), hardware)
+        elif narrow != wide:
+            with hardware.autocast():
+                compute = operations / _seconds(lambda: torch.nn.functional.linear(x, w), hardware)
         large, small = torch.zeros(LARGE, device=device), torch.zeros(16, device=device)
         traffic = 8.0 * LARGE / _seconds(lambda: large.mul_(1.0), hardware)
         call = _seconds(lambda: small.mul_(1.0), hardware)

@@ -26,6 +26,7 @@ from lbllm_core.engine import latent_step
 from lbllm_core.engine.block_sweep import BlockJob
 from lbllm_core.engine.hidden_states import At, HiddenStates, handfuls
 from lbllm_core.engine.latent_step import LatentStep
+from lbllm_core.engine.memory import settle
 from lbllm_core.engine.ranks import Ranks
 from lbllm_core.engine.recorded_step import RecordedStep
 from lbllm_core.errors import MemoryShortage, NumericalError
@@ -74,6 +75,7 @@ def train_block(block: nn.Module, job: BlockJob, plan: TrainingPlan) -> dict[str
     groups = parameter_groups(block, plan.rates)
     if not groups:
         return {}
+    settle(job.hardware.device)
     ranks = job.hardware.ranks
     order = _order(len(job.inputs), plan, job.index, ranks)
     step_of = MicroBatches(block, job, plan, ranks.mean(mean_square(job.target), job.inputs.device))
@@ -118,10 +120,11 @@ class MicroBatches:
 
     def build(self, groups: list[dict[str, Any]]) -> LatentStep | RecordedStep:
         """The optimizer step that suits the block."""
-        after: Callable[[], None] = lambda: constrain(self.block)  # noqa: E731
-        plan = self.plan
-        if latent_step.suits(self.block, self.job.hardware):
-            return LatentStep(self.block, groups, self._pieces, after, plan.grad_clip, self.job.hardware.compute_dtype, plan.polarize, (plan.beta_start, plan.beta_end), self.job.hardware.ranks)
+        plan, hardware = self.plan, self.job.hardware
+        if latent_step.suits(self.block, hardware):
+            after: Callable[[], None] = lambda: constrain(self.block, bitmaps=False)  # noqa: E731
+            return LatentStep(self.block, groups, self._pieces, after, plan.grad_clip, hardware.compute_dtype, plan.polarize, (plan.beta_start, plan.beta_end), hardware.ranks, lambda n: -(-n // self.size))
+        after = lambda: constrain(self.block)  # noqa: E731
         return RecordedStep(groups, self._gradients, after, plan.grad_clip, self.job.inputs.device, self.job.hardware.ranks)
 
     def attempt(self, update: LatentStep | RecordedStep, factor: float, inputs: Tensor, target: Tensor, progress: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from lbllm_core.quant.weight import (
     GRID,
     OutlierColumns,
     QuantizedWeight,
+    ascending,
     from_real_levels,
     group_levels,
     into_cells,
@@ -72,22 +73,54 @@ class _FusedSelect(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, levels: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(source, levels)
         ctx.group_size = group_size
-        return kernels().quantized_weight(source, None, levels, group_size, dtype)  # type: ignore[no-any-return]
+        return kernels().quantized_weight(source, None, levels, group_size, dtype)[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         source, levels = ctx.saved_tensors
-        grad = grad.contiguous()
-        to_levels = kernels().gradient_sums(grad, source, None, levels, ctx.group_size)[0] if ctx.needs_input_grad[1] else None
+        grad, to_levels = grad.contiguous(), None
+        if ctx.needs_input_grad[1]:
+            to_levels, _ = kernels().gradient_sums(grad, source, None, levels, ctx.group_size, levels.new_empty(levels.numel() // 4), 0)
         return grad.float() if ctx.needs_input_grad[0] else None, to_levels, None, None
 
 
-def _selected(source: Tensor, levels: Tensor, group_size: int) -> Tensor | None:
+class _FusedLearned(torch.autograd.Function):
+    """The same from free levels as they are learned: explicit ones `(out, n_groups, 4)` or a table `(entries, 4)`, and gains `(out,)`."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, learned: Tensor, gain: Tensor, store: _LevelStore, dtype: torch.dtype) -> Tensor:
+        scale = store.row_scale * gain.exp()
+        made, levels = kernels().quantized_weight(source, None, learned, store.group_size, dtype, scale, store.group_codes)
+        ctx.save_for_backward(source, learned, levels, scale)
+        ctx.store = store
+        return made  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        source, learned, levels, scale = ctx.saved_tensors
+        grad, store, to_levels, to_gain = grad.contiguous(), ctx.store, None, None
+        if any(ctx.needs_input_grad[1:3]):
+            unused = levels.new_empty(levels.numel() // 4)
+            to_levels, to_gain = kernels().gradient_sums(grad, source, None, levels, store.group_size, unused, 0, (learned, scale), group_codes=store.group_codes)
+            if store.group_codes is not None:
+                to_levels = kernels().entry_sums(to_levels, *store.groups_by_entry())
+        return grad.float() if ctx.needs_input_grad[0] else None, to_levels, to_gain, None, None
+
+
+def fusable(source: Tensor, group_size: int) -> bool:
+    """Whether one kernel makes a weight `(out, in)`: on a GPU, in whole groups."""
+    return source.is_cuda and kernels() is not None and bool(kernels().fits(source.shape[1], group_size))
+
+
+def _selected(source: Tensor, store: _LevelStore) -> Tensor | None:
     """The made weight by one kernel, in the type that products take it in; None where that kernel does not apply."""
-    if not source.is_cuda or kernels() is None or not kernels().fits(source.shape[1], group_size):
+    if not fusable(source, store.group_size):
         return None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
-    return _FusedSelect.apply(source, levels, group_size, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    if store.family == "free":
+        learned = store.table if store.levels is None else store.levels
+        return _FusedLearned.apply(source, learned, store.gain, store, dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return _FusedSelect.apply(source, store.scaled(), store.group_size, dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Through(torch.autograd.Function):
@@ -122,8 +155,9 @@ class _LevelStore(nn.Module):
         self.register_buffer("row_scale", q.row_scale)
         self.gain = nn.Parameter(torch.zeros_like(q.row_scale))
         self.group_size = q.group_size
+        self._by_entry: tuple[Tensor, Tensor] | None = None
         if q.levels is not None:
-            self.levels: nn.Parameter | None = nn.Parameter(q.levels / GRID)
+            self.levels: nn.Parameter | None = nn.Parameter((q.levels / GRID).contiguous())
             self.table: nn.Parameter | None = None
             self.register_buffer("group_codes", None)
         else:
@@ -135,7 +169,7 @@ class _LevelStore(nn.Module):
     def units(self) -> Tensor:
         """Levels on the int8 grid, ascending, `(out, n_groups, 4)`, with gradients to whatever holds them."""
         if self.levels is not None:
-            return grid_ste(self.levels.sort(dim=-1).values * GRID, self.family)
+            return grid_ste(ascending(self.levels) * GRID, self.family)
         assert self.group_codes is not None
         ordered = self.entries()
         flat = ordered.index_select(0, self.group_codes.flatten().int())
@@ -144,7 +178,17 @@ class _LevelStore(nn.Module):
     def entries(self) -> Tensor:
         """The table on the int8 grid, each entry ascending, `(entries, 4)`."""
         assert self.table is not None
-        return grid_ste(self.table.sort(dim=-1).values * GRID, self.family)
+        return grid_ste(ascending(self.table) * GRID, self.family)
+
+    def groups_by_entry(self) -> tuple[Tensor, Tensor]:
+        """The groups in the order of the entries that they pick `(groups,)`, and where each entry's begin `(entries + 1,)`; int32."""
+        if self._by_entry is None:
+            assert self.table is not None
+            assert self.group_codes is not None
+            codes = self.group_codes.flatten().int()
+            ends = torch.bincount(codes, minlength=len(self.table)).cumsum(0)
+            self._by_entry = codes.argsort(stable=True).int(), torch.cat([ends.new_zeros(1), ends]).int()
+        return self._by_entry
 
     def scaled(self) -> Tensor:
         """Levels as real numbers, `(out, n_groups, 4)`."""
@@ -175,10 +219,10 @@ class NearestWeight(nn.Module):
         self.latent = nn.Parameter(join_groups(cells, latent.shape[1]).clone())
 
     def forward(self) -> Tensor:
-        levels = self.store.scaled()
-        fused = _selected(self.latent, levels, self.store.group_size)
+        fused = _selected(self.latent, self.store)
         if fused is not None:
             return fused
+        levels = self.store.scaled()
         grouped = split_groups(self.latent, self.store.group_size)
         with torch.no_grad():
             codes = nearest_codes(grouped, levels)
@@ -202,10 +246,10 @@ class FrozenWeight(nn.Module):
         self.store = _LevelStore(q, table, family)
 
     def forward(self) -> Tensor:
-        levels = self.store.scaled()
-        fused = _selected(self.codes, levels, self.store.group_size)
+        fused = _selected(self.codes, self.store)
         if fused is not None:
             return fused
+        levels = self.store.scaled()
         grouped = split_groups(self.codes, self.store.group_size)
         made = _Select.apply(None, levels, grouped)  # type: ignore[no-untyped-call]
         return join_groups(made, self.codes.shape[1])

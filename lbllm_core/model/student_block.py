@@ -39,10 +39,12 @@ class _Tensor(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 
 
-def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits: int = 16, family: str = "free", pairing: str = "low_high") -> nn.Module:
+def build_block(
+    teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits: int = 16, family: str = "free", pairing: str = "low_high", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A student block on the teacher block's device.
 
-    mode: `nearest` and `latent_*` train from `state.latents`; `frozen` trains levels only; `fixed` trains nothing.
+    mode: `nearest` and `latent_*` train from `state.latents`; `frozen` trains levels only; `fixed` trains nothing and keeps weights in `dtype`.
     family: what levels are rounded to while they train (`quant/uniform.py`; `real`: nothing). pairing: of latent bitmaps (`model/linear.py`).
     """
     device = next(teacher_block.parameters()).device
@@ -54,7 +56,7 @@ def build_block(teacher_block: nn.Module, state: BlockState, mode: Mode, kv_bits
         table = _shared_table(tables, state, path, device)
         linear: nn.Module
         if mode == "fixed":
-            linear = _Tensor(QuantLinear(FrozenWeight(q, table), None, q.outliers).weight().detach(), bias)
+            linear = _Tensor(QuantLinear(FrozenWeight(q, table), None, q.outliers).weight().detach().to(dtype), bias)
         elif mode == "frozen":
             linear = QuantLinear(FrozenWeight(q, table, family), bias, q.outliers)
         elif mode == "nearest":
@@ -197,8 +199,8 @@ def read_state(block: nn.Module, start: BlockState) -> BlockState:
     return BlockState(linears=linears, norms=norms, biases=start.biases, sites=sites, latents=latents)
 
 
-def constrain(block: nn.Module) -> None:
-    """Project parameters back to where they mean something; after each optimizer step."""
+def constrain(block: nn.Module, bitmaps: bool = True) -> None:
+    """Project parameters back to where they mean something; after each optimizer step. Without `bitmaps` where the step has kept those in range."""
     for module in block.modules():
-        if isinstance(module, (ActQuantizer, LatentBitmapWeight)):
+        if isinstance(module, ActQuantizer) or (bitmaps and isinstance(module, LatentBitmapWeight)):
             module.constrain()

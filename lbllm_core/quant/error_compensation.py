@@ -50,17 +50,19 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     hessian `(in, in)`. Channels that are always zero get a unit diagonal. Raises NumericalError when no damping up to
     1000 times the given one makes the matrix positive definite.
     """
-    h = hessian.double()
-    diagonal = h.diagonal()
+    diagonal = hessian.diagonal().double()
     dead = diagonal <= 0
     mean = diagonal.mean().clamp_min(1e-12)
     for factor in (1.0, 10.0, 100.0, 1000.0):
-        damped = h.clone()  # 11008 channels are a gigabyte: no matrix more than needed
+        damped = hessian.to(torch.float64, copy=True)  # 11008 channels are a gigabyte: never more than two of these at once
         damped.diagonal().add_(damping * factor * mean).add_(dead.double() * mean)
         chol, info = torch.linalg.cholesky_ex(damped)
         del damped
         if info.item() == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(chol), upper=True)
+            inverse = torch.cholesky_inverse(chol)
+            del chol
+            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if info.item() == 0 and bool(torch.isfinite(upper).all()):
                 factor_of_inverse: Tensor = upper.float().contiguous()
                 return factor_of_inverse

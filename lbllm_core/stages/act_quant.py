@@ -16,7 +16,7 @@ from lbllm_kernels.activation import POWERS_OF_TWO, ActFactors
 from torch import Tensor, nn
 
 from lbllm_core.config import ActQuantConfig, SchemeConfig
-from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob, error_on_sample
+from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob, error_on_sample, pass_type
 from lbllm_core.engine.train_block import TrainingPlan, train_block
 from lbllm_core.model.blocks import SITES, linears_of_site
 from lbllm_core.model.linear import LearningRates
@@ -41,10 +41,10 @@ def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config:
     samples: dict[str, Tensor] = {}
     untrained = start
     if scheme.act_bits == 4:
-        samples = _site_inputs(job, build_block(job.teacher_block, BlockState(start.linears, start.norms, start.biases), "fixed", scheme.kv_bits))
+        samples = _site_inputs(job, build_block(job.teacher_block, BlockState(start.linears, start.norms, start.biases), "fixed", scheme.kv_bits, dtype=pass_type(job.hardware)))
         untrained = replace(start, sites={site: ActFactors(scheme.act_variant, group_size=_channels(scheme)) for site in samples})
         start = replace(start, sites=search_factors(job, start, scheme))
-    before = error_on_sample(job, build_block(job.teacher_block, untrained, "fixed", scheme.kv_bits))
+    before = error_on_sample(job, build_block(job.teacher_block, untrained, "fixed", scheme.kv_bits, dtype=pass_type(job.hardware)))
     block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.trained_family)
     plan = TrainingPlan(
         rates=learning_rates(config), epochs=config.epochs, batch_size=config.batch_size, lr_final=config.lr_final, grad_clip=config.grad_clip, seed=seed
@@ -59,7 +59,7 @@ def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config:
 @torch.no_grad()
 def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig) -> dict[str, ActFactors]:
     """Clips (and knees, or planes) of each site that lose least on a sample of its inputs, by grid search."""
-    samples = _site_inputs(job, build_block(job.teacher_block, BlockState(state.linears, state.norms, state.biases), "fixed", scheme.kv_bits))
+    samples = _site_inputs(job, build_block(job.teacher_block, BlockState(state.linears, state.norms, state.biases), "fixed", scheme.kv_bits, dtype=pass_type(job.hardware)))
     knees = KNEES if scheme.act_variant == "piecewise" else (0.25,)
     found: dict[str, ActFactors] = {}
     for site, x in samples.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lbllm_core.config import SchemeConfig, WeightDistillConfig
-from lbllm_core.engine.block_sweep import BlockJob, error_on_sample
+from lbllm_core.engine.block_sweep import BlockJob, error_on_sample, pass_type
 from lbllm_core.engine.train_block import TrainingPlan, train_block
 from lbllm_core.model.linear import LearningRates
 from lbllm_core.model.student import BlockState
@@ -44,7 +44,9 @@ def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config
         mode = "latent_soft" if config.bitmap_start == "soft" else "latent_hard"
     if config.joint and scheme.act_bits == 4:
         start = replace(start, sites=search_factors(job, start, scheme))
-    block = build_block(job.teacher_block, start, mode, scheme.kv_bits if config.joint else 16, scheme.trained_family, config.pairing)
+    kv_bits = scheme.kv_bits if config.joint else 16
+    before = error_on_sample(job, build_block(job.teacher_block, start, "fixed", kv_bits, dtype=pass_type(job.hardware)))  # gone before the student comes
+    block = build_block(job.teacher_block, start, mode, kv_bits, scheme.trained_family, config.pairing)
     plan = TrainingPlan(
         rates=learning_rates(config),
         epochs=config.epochs,
@@ -56,6 +58,5 @@ def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config
         beta_start=config.beta_start,
         beta_end=config.beta_end,
     )
-    before = error_on_sample(job, build_block(job.teacher_block, start, "fixed", scheme.kv_bits if config.joint else 16))
     figures = train_block(block, job, plan)
     return read_state(block, start), {"error_before": before, **figures}

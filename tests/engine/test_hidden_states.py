@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from lbllm_core.engine.hidden_states import (
+    AHEAD,
     HiddenStates,
     StorePlan,
+    _Lag,
     checksum,
     choose_tier,
     decode,
@@ -157,3 +159,22 @@ def test_tier_is_the_first_with_room():
     assert choose_tier(500, 11, 100, 1000) == "disk"
     with pytest.raises(PreflightError, match=r"hidden states need 0\.0 GB; room: device.*host.*disk"):
         choose_tier(5000, 11, 100, 1000)
+
+
+def test_nobody_runs_further_ahead_than_agreed():
+    """A device that does nothing until it is waited for: never more than AHEAD batches are queued behind the one that is waited for."""
+    queued, done = [], []
+
+    class Event:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def synchronize(self):
+            done.append(self.batch)
+
+    lag = _Lag(lambda: Event(len(queued)))
+    for batch in range(20):
+        queued.append(batch)
+        lag.queued()
+        assert len(queued) - len(done) <= AHEAD
+    assert done == list(range(1, 20 - AHEAD + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from flows.compose import compose
-from lbllm_core.config import HardwareConfig, RunConfig
+from lbllm_core.bench_block import SHAPES
+from lbllm_core.config import ActQuantConfig, HardwareConfig, PtqInitConfig, RunConfig, SchemeConfig, WeightDistillConfig
 from lbllm_core.engine import estimate as formulas
-from lbllm_core.engine import machine, preflight
-from lbllm_core.engine.estimate import Estimate, estimate
+from lbllm_core.engine import estimate_large, machine, preflight
+from lbllm_core.engine.estimate import Estimate, StepEstimate, estimate
 from lbllm_core.engine.hardware import resolve
 from lbllm_core.engine.machine import Limits, Rates
 from lbllm_core.errors import DataError, PreflightError
@@ -165,3 +167,77 @@ def test_the_estimate_of_tiny_is_of_the_right_size(models_home: Path) -> None:
     assert found.shapes.parameters == sum(p.numel() for p in tiny.untrained(0).parameters())
     assert found.disk < 5e6
     assert found.host < 2e9
+
+
+RECORDED = json.loads((Path(__file__).parents[2] / "results" / "scale_h100.json").read_text())["records"]
+SWEPT = [r["stage"] for r in RECORDED if r["name"] in ("stage1_s", "block_s")]
+WITHIN = 0.15
+
+
+def recorded(name: str, **about: object) -> float:
+    """The one record of a name with these circumstances."""
+    (found,) = [r for r in RECORDED if r["name"] == name and all(r.get(k) == v for k, v in about.items())]
+    return float(found["value"])
+
+
+def h100(seven_b: Shapes) -> Rates:
+    """The speeds of the machine that measured. Records from before they were kept: products by the slope of a step over its tokens, the rest by data
+    sheet (traffic, float32) and by what preflight's three estimates of then say together (calls, checksums)."""
+    kept = {r["of"]: float(r["value"]) for r in RECORDED if r["name"] == "rate" and r["stage"] == "weight_distill"}
+    if kept:
+        return Rates(**kept)
+    small, large = (recorded("step_ms", parameterization="nearest", shape="llama2_7b", tokens_a_step=n) / 1e3 for n in (4096, 16384))
+    return Rates(5e13, 3 * formulas.forward(seven_b, 2048) * 12288 / (large - small), 2.8e12, 1.4e-5, 1.2e9)
+
+
+def swept(stage: str, seven_b: Shapes) -> StepEstimate:
+    """The estimate of a recorded sweep."""
+    about = next(r for r in RECORDED if r.get("stage") == stage and "tier" in r)
+    tokens = {s: int(next(r["tokens"] for r in RECORDED if r.get("stage") == s and "tier" in r)) // 2048 for s in SWEPT}
+    base = compose(["experiment=paper_recipe"])
+    config = dataclasses.replace(
+        base,
+        scheme=SchemeConfig(level_mode="explicit", group_size=128),
+        dataset=dataclasses.replace(base.dataset, sequences=max(tokens.values()), seq_len=2048),
+        hardware=HardwareConfig(device="cuda", streaming="on", hidden_tier=about["tier"], hidden_dtype=about["dtype"]),
+        ptq_init=PtqInitConfig(sequences=tokens["ptq_init"]),
+        weight_distill=WeightDistillConfig(sequences=tokens["weight_distill"], epochs=2, batch_size=2),
+        act_quant=ActQuantConfig(sequences=tokens["act_quant"], epochs=1, batch_size=2),
+    )
+    shapes = dataclasses.replace(seven_b, blocks=about["blocks"])
+    return next(s for s in estimate(config, shapes, h100(seven_b), True).steps if s.step == stage)
+
+
+@pytest.mark.parametrize("stage", SWEPT)
+def test_times_of_large_blocks_are_those_that_were_measured(stage: str, seven_b: Shapes) -> None:
+    blocks = next(int(r["blocks"]) for r in RECORDED if r.get("stage") == stage and "blocks" in r)
+    each = recorded("stage1_s" if stage == "ptq_init" else "block_s", stage=stage)
+    measured = blocks * each + recorded("setup_s", stage=stage)
+    assert swept(stage, seven_b).seconds == pytest.approx(measured, rel=WITHIN)
+
+
+@pytest.mark.parametrize("stage", SWEPT)
+def test_memory_of_large_blocks_is_what_was_measured(stage: str, seven_b: Shapes) -> None:
+    if not any(r["name"] == "allocated_gb" for r in RECORDED):
+        pytest.skip("results/scale_h100.json holds the memory of sweeps that let batches pile up on the device; measure it again")
+    assert swept(stage, seven_b).device / 1e9 == pytest.approx(recorded("peak_gb", stage=stage, of="sweep"), rel=WITHIN)
+
+
+@pytest.mark.parametrize(
+    ("parameterization", "batch", "shape"), [("nearest", 2, "llama2_7b"), ("latent", 2, "llama2_7b"), ("nearest", 8, "llama2_7b"), ("nearest", 2, "llama2_70b")]
+)
+def test_memory_of_a_step_is_what_was_measured(parameterization: str, batch: int, shape: str) -> None:
+    """The terms of a step in the formula of stage 2, with the states that the measurement itself keeps on the device."""
+    shapes = inspect.architecture_shapes(LlamaConfig(**SHAPES[shape], num_hidden_layers=1), 0)
+    tokens = float(batch * 2048)
+    held = estimate_large.trained_bytes("weight_distill", parameterization == "latent") * shapes.linears + estimate_large.activation_bytes(shapes, tokens)
+    kept = 4 * 4.0 * tokens * shapes.hidden  # inputs, targets, and a stream of each
+    assert (0.55e9 + held + kept) / 1e9 == pytest.approx(recorded("peak_gb", of="one step", parameterization=parameterization, batch=batch, shape=shape), rel=WITHIN)
+
+
+def test_a_large_block_costs_what_it_does(seven_b: Shapes) -> None:
+    """What the formulas of large blocks grow with; the same configuration on a CPU keeps the others."""
+    base = swept("weight_distill", seven_b)
+    assert base.work.overhead == 1
+    assert not base.work.whole_teacher
+    assert base.work.compute == 4 * 512 * 2048 * 8 * formulas.forward(seven_b, 2048)

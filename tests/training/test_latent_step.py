@@ -6,10 +6,14 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from interpreted import INTERPRETED, inside, outside, run_interpreted
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @outside
@@ -47,7 +51,7 @@ if INTERPRETED:
     from lbllm_core.engine.train_block import MicroBatches, TrainingPlan
     from lbllm_core.model import fused_block
     from lbllm_core.model.blocks import NORMS, Decoder
-    from lbllm_core.model.linear import LearningRates, _FusedSelect, _Select
+    from lbllm_core.model.linear import LearningRates
     from lbllm_core.model.student_block import build_block, constrain, parameter_groups, read_state
     from lbllm_core.quant.kv_cache import set_kv_bits
     from lbllm_core.stages.ptq_init import quantize_block
@@ -55,17 +59,53 @@ if INTERPRETED:
     CPU = Hardware(torch.device("cpu"), torch.float32)
 
 
-def small_job(kv_heads=2):
+class Meter(TorchDispatchMode):
+    """Bytes of tensors that live at once: of those that operations made while it was entered, from `start` on the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = 0, 0
+
+    def start(self):
+        self.peak = self.live
+
+    def gone(self, size):
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(made):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given:
+                storage = t.untyped_storage()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.gone, storage.nbytes())
+        return made
+
+
+def one_block_at_a_time(decoder):
+    """A decoder whose blocks are made anew for whoever asks, as those that come from disk."""
+
+    class Blocks(list):
+        def __getitem__(self, index):
+            return copy.deepcopy(super().__getitem__(index))
+
+    decoder.blocks, decoder.streamed = Blocks(decoder.blocks), True
+    return decoder
+
+
+def small_job(kv_heads=2, hidden=32, ffn=64):
     import transformers
 
-    values = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "vocab_size": 60}
+    values = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "vocab_size": 60}
     config = transformers.LlamaConfig(**values, max_position_embeddings=64)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for p in model.parameters():
         p.copy_(torch.randn_like(p) / p.shape[1] ** 0.5 if p.dim() > 1 else 1 + 0.3 * torch.randn_like(p))
     view = Decoder(model)
-    inputs = torch.randn(4, 12, 32)
+    inputs = torch.randn(4, 12, hidden)
     job = BlockJob(0, view.blocks[0], HiddenStates.of(inputs), None, view, view.surroundings(inputs[:1]), CPU)
     return job, HiddenStates.of(job.run(view.blocks[0], inputs))
 
@@ -117,25 +157,33 @@ def test_divergence_and_its_gradient_by_one_kernel(vocabulary, monkeypatch):
 
 @inside
 @pytest.mark.parametrize("codes_given", [False, True])
-def test_a_weight_made_by_one_kernel(codes_given):
-    from lbllm_core.quant.weight import nearest_codes
+@pytest.mark.parametrize(("family", "mode"), [("free", "explicit"), ("free", "codebook"), ("affine", "codebook"), ("int2", "explicit")])
+def test_a_weight_made_by_one_kernel(family, mode, codes_given, monkeypatch):
+    from lbllm_core.model import linear
+    from lbllm_core.quant.weight import QuantizedWeight, to_grid
 
     torch.manual_seed(1)
-    levels = torch.randn(6, 3, 4).sort(-1).values
-    latent, into = torch.randn(6, 48), torch.randn(6, 48)
-    codes = nearest_codes(latent.view(6, 3, 16), levels)
-    found = []
+    codes, scale = torch.randint(0, 4, (6, 48), dtype=torch.uint8), torch.rand(6) + 0.5
+    if mode == "explicit":
+        q = QuantizedWeight(codes, scale, 16, levels=to_grid(127 * torch.randn(6, 3, 4).clamp(-1, 1)).sort(-1).values)
+    else:
+        entries = to_grid(127 * torch.randn(5, 4).clamp(-1, 1)).sort(-1).values
+        q = QuantizedWeight(codes, scale, 16, group_codes=torch.randint(0, 4, (6, 3), dtype=torch.uint8), codebook=entries)
+    latent, into, found = 60 * torch.randn(6, 48), torch.randn(6, 48), []
     for fused in (False, True):
-        w, at = latent.clone().requires_grad_(not codes_given), levels.clone().requires_grad_()
+        table = None if q.codebook is None else torch.nn.Parameter(q.codebook[:, [2, 0, 3, 1]] / 127)  # stored in any order
+        view = linear.FrozenWeight(q, table, family) if codes_given else linear.NearestWeight(q, latent.clone(), table, family)
+        view.store.gain.data += 0.1 * torch.arange(6)
         if fused:
-            made = _FusedSelect.apply(codes.view(6, 48) if codes_given else w, at, 16, torch.float32)
-        else:
-            made = _Select.apply(None if codes_given else w.view(6, 3, 16), at, codes).view(6, 48)
+            monkeypatch.setattr(linear, "fusable", lambda source, group_size: True)
+        made = view()
         made.backward(into)
-        found.append((made, at.grad, w.grad))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
-    assert codes_given or torch.equal(found[0][2], found[1][2])
+        found.append((made.detach(), {name: p.grad for name, p in view.named_parameters()}))
+        monkeypatch.undo()
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, plain in found[0][1].items():
+        assert plain is not None and float((plain - found[1][1][name]).norm() / plain.norm()) < 1e-5, name
 
 
 RATES = {"weight": 1e-3, "levels": 2e-3, "row_scale": 2e-3}
@@ -181,6 +229,93 @@ def test_the_step_is_that_of_plain_autograd(mode, level_mode, rates, polarize, c
     assert sum(int((codes[0][p].codes != codes[1][p].codes).sum()) for p in codes[0]) <= 3
 
 
+def learned_levels(rows, groups):
+    """Fractions of 127 in any order: some equal, some beyond the grid, one group with NaN."""
+    torch.manual_seed(5)
+    levels = 0.8 * torch.randn(rows, groups, 4)
+    levels[0] = levels[0, :, :1].expand(-1, 4)
+    levels[1, :, 2] = levels[1, :, 0]
+    levels[2, :, 3] = 1.7
+    levels[3, 0] = torch.tensor([0.5, float("nan"), -0.25, 0.125])
+    return levels
+
+
+@inside
+@pytest.mark.parametrize("frozen", [False, True])
+def test_learned_levels_are_those_of_the_plain_form(frozen):
+    from lbllm_kernels import triton_training
+
+    from lbllm_core.quant.weight import GRID, nearest_codes, take_levels
+
+    rows, groups, size = 6, 3, 16
+    levels, scale = learned_levels(rows, groups).requires_grad_(), torch.rand(rows) + 0.5
+    gain = torch.zeros(rows, requires_grad=True)
+    real = (levels.sort(dim=-1, stable=True).values * GRID).round().clamp(-GRID, GRID) * scale[:, None, None]
+    latent = torch.randn(rows, groups, size) * GRID
+    codes = torch.randint(4, latent.shape, dtype=torch.uint8) if frozen else nearest_codes(latent, real)
+    expected = take_levels(real, codes).detach()
+    source = (codes if frozen else latent).reshape(rows, -1).contiguous()
+    made, found = triton_training.quantized_weight(source, None, levels.detach(), size, torch.float32, scale)
+    assert torch.equal(found.nan_to_num(7e7), real.detach().nan_to_num(7e7))
+    whole = ~real.detach().isnan().any(-1)
+    assert torch.equal(made.view_as(expected)[whole], expected[whole])
+    assert bool(found[3, 0].isnan().any())
+    grad = torch.randn(rows, groups, size)
+    per_code = torch.stack([(grad * (codes == k)).sum(-1) for k in range(4)], -1)
+    smooth = levels.sort(dim=-1, stable=True).values * GRID * (scale * gain.exp())[:, None, None]
+    keep = whole[..., None].expand(-1, -1, 4)
+    to_levels = torch.autograd.grad(smooth, levels, torch.where(keep, per_code, 0.0), retain_graph=True)[0]
+    squares = torch.empty(rows * groups)
+    sums, to_rows = triton_training.gradient_sums(grad.view(rows, -1), source, None, found, size, squares, 0 if frozen else 1, (levels.detach(), scale))
+    assert torch.allclose(sums[keep], to_levels[keep], rtol=1e-5, atol=1e-4)
+    moved = (sums[keep].square().sum() + (0.0 if frozen else grad[whole].square().sum())).item()
+    assert float(squares.view(rows, groups)[whole].sum()) == pytest.approx(moved, rel=1e-5)
+    by_gain = (per_code * real.detach()).nan_to_num(0.0).sum((1, 2))
+    sound = whole.all(1)
+    assert torch.allclose(to_rows[sound], by_gain[sound], rtol=1e-4, atol=1e-3)
+
+
+@inside
+def test_memory_of_a_sweep_is_a_few_copies_of_the_block(monkeypatch, tmp_path):
+    """Stage 2, streamed: bytes that live at once, in units of the block's weights in float32. On a GPU made weights and gradients are half of theirs."""
+    from lbllm_core.config import WeightDistillConfig
+    from lbllm_core.engine.block_sweep import SweepPlan, sweep
+    from lbllm_core.engine.ledger import Ledger
+    from lbllm_core.engine.progress import silent
+    from lbllm_core.model.fused_block import weights_of
+    from lbllm_core.model.student import load_block, state_tensors
+    from lbllm_core.stages.weight_distill import distill_block
+
+    job, _ = small_job(hidden=128, ffn=256)
+    scheme = SchemeConfig(level_mode="explicit", group_size=128, act_bits=16)
+    start, _ = quantize_block(job, scheme, PtqInitConfig(method="rtn", error_compensation=False), 0)
+    Ledger(tmp_path / "start").save(0, state_tensors(start), {})
+    monkeypatch.setattr(latent_step, "suits", lambda block, hardware: True)
+    meter = Meter()
+
+    def work(given):
+        state = load_block(tmp_path / "start", given.index, "none")
+        meter.start()
+        return distill_block(given, state, scheme, WeightDistillConfig(epochs=1, batch_size=1), 0)
+
+    ids = torch.randint(60, (2, 4), generator=torch.Generator().manual_seed(0))
+    decoder = one_block_at_a_time(job.decoder)
+    with meter:
+        sweep(decoder, ids, work, SweepPlan("weight_distill", True), Ledger(tmp_path / "made"), CPU, silent)
+    copies = meter.peak / (4 * weights_of(job.teacher_block))
+    # latent 1, moments 2, made weight 1, its gradient 1, levels and theirs 0.2, activations of 4 tokens
+    assert 5.0 < copies < 5.6, f"{copies:.2f} copies of the block's weights live at once: the table in engine/block_sweep.py has five in float32"
+
+
+@inside
+def test_two_processes_make_the_steps_of_one():
+    """Each with half of the batch, gradients on their way before the backward pass is over, in one micro-batch and in two."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(__file__).with_name("two_ranks.py"))]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal") == 2
+
+
 @inside
 @pytest.mark.parametrize("variant", ["uniform", "piecewise"])
 @pytest.mark.parametrize("channels", [48, 64])
@@ -213,11 +348,14 @@ from triton.compiler import ASTSource
 from lbllm_kernels import triton_divergence as d
 from lbllm_kernels import triton_training as t
 types = dict.fromkeys(("grad", "delta", "gate", "up", "to_gate", "to_up", "to_delta", "out"), "*bf16") | {"x": "*fp32", "source": "*fp32"}
-types |= dict.fromkeys(("groups", "total", "tokens", "channels"), "i32")
+types |= dict.fromkeys(("groups", "per_row", "total", "tokens", "channels"), "i32")
 types |= dict.fromkeys(("weight", "rate", "rate_bitmap", "correction1", "correction2", "eps", "sign"), "fp32")
 adam = dict(BETA1=0.9, BETA2=0.95, EPS=1e-8)
-cases = [(t._quantized_weight, dict(G=128, ROWS=16, MODE=mode), {"source": "*u8"} if mode == 1 else {}) for mode in (0, 1, 2)]
-cases += [(t._gradient_sums, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2), {"source": "*u8"} if mode == 1 else {}) for mode in (0, 1, 2)]
+modes = [(0, True, False), (0, True, True), (0, False, False), (1, True, False), (1, True, True), (1, False, False), (2, False, False)]
+special = [{"group_codes": "*u8"}, {"group_codes": "*u8", "source": "*u8"}, {"group_codes": "*u8"}]
+cases = [(t._quantized_weight, dict(G=128, ROWS=16, MODE=mode, LEARNED=learned, TABLE=table), special[mode]) for mode, learned, table in modes]
+cases += [(t._gradient_sums, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2, LEARNED=learned, TABLE=table, MOVING=(1, 0, 2)[mode]), special[mode]) for mode, learned, table in modes]
+cases += [(t._entry_sums, dict(BLOCK=128), {"order": "*i32", "starts": "*i32"})]
 cases += [(t._adamw, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2, **adam), {}) for mode in (0, 2)]
 norm = {"weight": "*fp32"}
 cases += [(t._norm_forward, dict(WIDTH=4096, BLOCK=4096, ADD=add), norm) for add in (False, True)]
