@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 
+from lbllm_core.bench_block import Bench, host_gb, peak_gb, reset_peak, synchronize, trained_block
 from lbllm_core.config import (
     ActQuantConfig,
     DatasetConfig,
@@ -48,7 +49,6 @@ from lbllm_core.config import (
     RunConfig,
     WeightDistillConfig,
 )
-from lbllm_core.bench_block import Bench, host_gb, peak_gb, reset_peak, synchronize, trained_block
 from lbllm_core.engine import machine
 from lbllm_core.engine.block_sweep import BlockJob, SweepPlan, advance, passes, sweep
 from lbllm_core.engine.estimate import estimate
