@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 
+from lbllm_core.bench_block import Bench, host_gb, peak_gb, reset_peak, synchronize, trained_block
 from lbllm_core.config import (
     ActQuantConfig,
     DatasetConfig,
@@ -48,7 +49,6 @@ from lbllm_core.config import (
     RunConfig,
     WeightDistillConfig,
 )
-from lbllm_core.bench_block import Bench, host_gb, peak_gb, reset_peak, synchronize, trained_block
 from lbllm_core.engine import machine
 from lbllm_core.engine.block_sweep import BlockJob, SweepPlan, advance, passes, sweep
 from lbllm_core.engine.estimate import estimate
@@ -136,6 +136,8 @@ class Watch:
         return timed
 
     def heard(self, progress: Progress) -> None:
+        if "seconds" not in progress.figures:  # of a block that is worked on
+            return
         synchronize(self.hardware)
         self.ends.append(float(progress.figures["seconds"]))
         self.host.append(host_gb())
@@ -181,8 +183,9 @@ def foretold(bench: Bench, stage: str, seconds: float, memory: float, context: R
     found = estimate(config, shapes, rates, on_gpu)
     step = next(s for s in found.steps if s.step == stage)
     about = {k: v for k, v in context.items() if k != "tier"}
-    made = [{"name": "rate", "value": value, "unit": "seconds" if what == "call" else "a second", "of": what, **about} for what, value in vars(rates).items()]
-    made += [{"name": "total_s", "value": seconds, "unit": "s", "of": "all blocks and the making of the streams", **context}]
+    made = [{"name": "total_s", "value": seconds, "unit": "s", "of": "all blocks and the making of the streams", **context}]
+    if stage == "ptq_init":  # they are measured once
+        made += [{"name": "rate", "value": value, "unit": "seconds" if what == "call" else "a second", "of": what, "shape": bench.shape} for what, value in vars(rates).items()]
     made += [{"name": "preflight_error", "value": step.seconds / seconds - 1, "unit": "estimate over measured, less 1", "of": "seconds", **about}]
     return made + ([{"name": "preflight_error", "value": step.device / 1e9 / memory - 1, "unit": "estimate over measured, less 1", "of": "device memory", **about}] if on_gpu else [])
 

@@ -138,8 +138,8 @@ class LatentStep:
     def _small_gradients(self, made: list[_Made], grads: list[Tensor], beta: Tensor | None) -> Tensor:
         """Send gradients on to the levels; returns the factor that clips the norm of all."""
         squares = torch.empty(sum(m.levels.numel() // 4 for m in made), device=made[0].levels.device)
-        places = squares.split([m.levels.numel() // 4 for m in made])
-        onward: list[tuple[Tensor, Tensor]] = []
+        places = squares.split([m.levels.numel() // 4 for m in made])  # type: ignore[no-untyped-call]
+        graphs, onward = [], []
         for linear, m, grad, place in zip(self.linears, made, grads, places, strict=True):
             moving = (id(m.source) in self.moments) + (m.bitmap is not None and id(m.bitmap) in self.moments)
             learned = (m.learned[0].detach(), m.learned[1]) if m.learned is not None and m.learned[0].requires_grad else None
@@ -147,15 +147,17 @@ class LatentStep:
             if learned is not None and m.learned is not None and not isinstance(linear.weight_view, LatentBitmapWeight):
                 m.learned[0].grad, linear.weight_view.store.gain.grad = sums, rows
             elif m.graph is not None and m.graph.requires_grad:
-                onward.append((m.graph, sums))
-        if onward:
-            torch.autograd.backward(*zip(*onward, strict=True))
+                graphs.append(m.graph)
+                onward.append(sums)
+        if graphs:
+            torch.autograd.backward(graphs, onward)
         if not self.grad_clip:
             return torch.ones((), device=squares.device)
         done = {id(m.learned[0]) for m in made if m.learned is not None}  # their squares are among those of the groups
         others = [p.grad for p in self.small if p.grad is not None and id(p) not in done]
         norms = [squares.sum().sqrt(), *torch._foreach_norm(others)] if others else [squares.sum().sqrt()]
-        return (self.grad_clip / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp_max(1.0)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return (self.grad_clip / (norm + 1e-6)).clamp_max(1.0)
 
     @torch.no_grad()
     def _update(self, factor: float, made: list[_Made], grads: list[Tensor], clip: Tensor, beta: Tensor | None) -> None:

@@ -53,7 +53,7 @@ class Ranks:
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Average over all ranks, in place."""
-        if self.size > 1:
+        if self.size > 1 and tensors:
             averages = torch.distributed.get_backend() == "nccl"
             self._reduce(tensors, "AVG" if averages else "SUM")
             if not averages:
@@ -85,7 +85,7 @@ class Ranks:
         for work in pending:
             work.wait()
         for some, buffer in zip(small.values(), flat, strict=True):
-            for t, part in zip(some, buffer.split([t.numel() for t in some]), strict=True):
+            for t, part in zip(some, buffer.split([t.numel() for t in some]), strict=True):  # type: ignore[no-untyped-call]
                 t.copy_(part.view(t.shape))
 
 
@@ -104,7 +104,7 @@ class Exchange:
         """Send the gradient of each leaf after the last of so many backward passes. The order is that of the graph, the same on every rank."""
         if self.ranks.size > 1:
             for leaf in leaves:
-                leaf.register_post_accumulate_grad_hook(self._after(passes))
+                leaf.register_post_accumulate_grad_hook(self._after(passes))  # type: ignore[no-untyped-call]
 
     def _after(self, passes: int) -> Callable[[Tensor], None]:
         left = passes

@@ -14,6 +14,7 @@ TITLES = {
     "stage3_tok_s": "stage 3, tokens/s",
     "step_ms": "stage 2, one step, ms",
     "peak_gb": "peak GPU memory, GB",
+    "allocated_gb": "most GPU memory in tensors, GB",
     "stage1_s": "stage 1, s a block",
     "block_s": "s a block, everything",
     "work_s": "s a block, the stage's own work",

@@ -183,7 +183,7 @@ def recorded(name: str, **about: object) -> float:
 def h100(seven_b: Shapes) -> Rates:
     """The speeds of the machine that measured. Records from before they were kept: products by the slope of a step over its tokens, the rest by data
     sheet (traffic, float32) and by what preflight's three estimates of then say together (calls, checksums)."""
-    kept = {r["of"]: float(r["value"]) for r in RECORDED if r["name"] == "rate" and r["stage"] == "weight_distill"}
+    kept = {r["of"]: float(r["value"]) for r in RECORDED if r["name"] == "rate"}
     if kept:
         return Rates(**kept)
     small, large = (recorded("step_ms", parameterization="nearest", shape="llama2_7b", tokens_a_step=n) / 1e3 for n in (4096, 16384))

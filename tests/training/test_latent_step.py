@@ -303,8 +303,8 @@ def test_memory_of_a_sweep_is_a_few_copies_of_the_block(monkeypatch, tmp_path):
     with meter:
         sweep(decoder, ids, work, SweepPlan("weight_distill", True), Ledger(tmp_path / "made"), CPU, silent)
     copies = meter.peak / (4 * weights_of(job.teacher_block))
-    # latent 1, moments 2, made weight 1, its gradient 1, levels and theirs 0.2, activations of 4 tokens
-    assert 5.0 < copies < 5.6, f"{copies:.2f} copies of the block's weights live at once: the table in engine/block_sweep.py has five in float32"
+    # latent 1, moments 2, made weight 1, its gradient 1; the state that was read 1.25 (on the host otherwise); levels and theirs, activations 0.2
+    assert 6.2 < copies < 6.8, f"{copies:.2f} copies of the block's weights live at once: the table in engine/block_sweep.py has five, and the state"
 
 
 @inside
