@@ -117,7 +117,7 @@ class PtqInitConfig:
     em_starts: int = number(2, 1, 4, help="starting points of four-means: quantiles, affine fit, ...")
     codebook_rounds: int = number(8, 1, 100, help="rounds of k-means over quadruples")
     codebook_sample: int = number(8192, 256, 1 << 20, help="groups of a linear the table is fitted on")
-    codebook_shortlist: int = number(2, 1, 256, help="entries compared exactly for each group after the coarse search")
+    codebook_shortlist: int = number(2, 1, 256, help="entries compared exactly for each group after the coarse search (a GPU compares all)")
 
 
 @dataclass(frozen=True)

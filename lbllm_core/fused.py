@@ -38,3 +38,13 @@ def divergence() -> Any:
     from lbllm_kernels import triton_divergence
 
     return triton_divergence
+
+
+@functools.cache
+def entries() -> Any:
+    """`lbllm_kernels.triton_entries`, or None where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lbllm_kernels import triton_entries
+
+    return triton_entries

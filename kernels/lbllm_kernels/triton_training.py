@@ -99,7 +99,7 @@ def _stored(levels, group, here):
 @triton.jit
 def _entry(group_codes, group, here, TABLE: tl.constexpr):
     """Where the levels of each group are stored: at its place, or in the entry of the table that it picks."""
-    if TABLE:
+    if TABLE:  # noqa: SIM108  (a branch of the kernel, not a choice at run time)
         place = tl.load(group_codes + group, mask=here, other=0).to(tl.int64)
     else:
         place = group

@@ -43,6 +43,7 @@ from lbllm_core.model.student import BlockState, state_from_tensors, state_tenso
 from lbllm_core.model.student_block import build_block
 
 TOKENS_A_PASS = 8192
+VALUES_A_PASS = 1 << 25  # on a GPU, where a narrow model's passes would be too short to keep it busy
 
 
 Tell = Callable[[float, float, int], None]
@@ -90,7 +91,8 @@ Work = Callable[[BlockJob], tuple[BlockState, dict[str, Any]]]  # figures of the
 
 def passes(stream: HiddenStates) -> list[At]:
     """The choices of sequences that take a stream through a block, of bounded size."""
-    batch = max(1, TOKENS_A_PASS // stream.shape[1])
+    tokens = max(TOKENS_A_PASS, VALUES_A_PASS // stream.shape[2]) if stream.device.type == "cuda" else TOKENS_A_PASS
+    batch = max(1, tokens // stream.shape[1])
     return [slice(i, i + batch) for i in range(0, len(stream), batch)]
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from lbllm_core.fused import kernels
 
-FUSED_FROM = 2048  # channels
+FUSED_FROM = 256  # channels
 PLANE_GRID = (1, 2, 4, 6, 9, 12, 16, 21, 28, 36, 46, 58, 72)  # plane weights that a fit starts from
 PLANE_SAMPLE = 1 << 17  # values a fit looks at
 LOW, CORE, HIGH = 4, 8, 4  # codes in the lower tail, the core and the upper tail of `piecewise`

@@ -25,6 +25,7 @@ import math
 import torch
 from torch import Tensor
 
+from lbllm_core import fused
 from lbllm_core.quant.uniform import fit_affine, nearest_affine
 from lbllm_core.quant.weight import TINY, ascending, midpoints, nearest_codes, take_levels, weighted_error
 
@@ -117,10 +118,12 @@ def _bin_costs(table: Tensor) -> Tensor:
 
 
 def choose_entries(w: Tensor, h: Tensor, table: Tensor, shortlist: int) -> Tensor:
-    """The entry of least weighted error for each group, by histograms and a shortlist.
+    """The entry of least weighted error for each group, by histograms and a shortlist; on a GPU by trying all (`lbllm_kernels/triton_entries.py`).
 
     w `(n, G)`, h `(n, G)` or `(G,)`, table `(k, 4)` ascending, all in units of the row's rms -> `(n,)` int64.
     """
+    if w.is_cuda and fused.entries() is not None:
+        return fused.entries().best_entries(w, h, table)  # type: ignore[no-any-return]
     h = h.expand_as(w)
     costs = _bin_costs(table)
     k = min(shortlist, table.shape[0])
@@ -153,18 +156,18 @@ def _revive(table: Tensor, used: Tensor, own: Tensor, cost: Tensor) -> Tensor:
 
 
 def fit_codebook(
-    w: Tensor, h: Tensor, entries: int, rounds: int, shortlist: int, generator: torch.Generator, affine: bool = False
+    w: Tensor, h: Tensor, size: int, rounds: int, shortlist: int, generator: torch.Generator, affine: bool = False
 ) -> Tensor:
     """A table of level quadruples for many groups: weighted k-means.
 
-    w, h `(n, G)` in units of the row scale (h already holds the squared row scale) -> `(entries, 4)`, each ascending.
+    w, h `(n, G)` in units of the row scale (h already holds the squared row scale) -> `(size, 4)`, each ascending.
     With fewer groups than entries the table repeats optima, which is harmless. `affine` restricts every entry to equal steps
     (the control `affine_cb`).
     """
     own = fit_affine(w, h) if affine else fit_levels(w, h)
     mass, _ = level_masses(w, h, own)
-    picks = torch.randperm(w.shape[0], generator=generator)[:entries].to(w.device)
-    table = own[picks.repeat(-(-entries // len(picks)))[:entries]]
+    picks = torch.randperm(w.shape[0], generator=generator)[:size].to(w.device)
+    table = own[picks.repeat(-(-size // len(picks)))[:size]]
     for _ in range(rounds):  # coarse: k-means between quadruples, one matrix product a round
         distance = _distances(mass, own, table)
         entry = distance.argmin(dim=-1)

@@ -183,7 +183,8 @@ def test_a_weight_made_by_one_kernel(family, mode, codes_given, monkeypatch):
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
     assert found[0][1].keys() == found[1][1].keys()
     for name, plain in found[0][1].items():
-        assert plain is not None and float((plain - found[1][1][name]).norm() / plain.norm()) < 1e-5, name
+        assert plain is not None, name
+        assert float((plain - found[1][1][name]).norm() / plain.norm()) < 1e-5, name
 
 
 RATES = {"weight": 1e-3, "levels": 2e-3, "row_scale": 2e-3}
