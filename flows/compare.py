@@ -27,7 +27,7 @@ from lbllm_core.report import desk
 from lbllm_core.report.plots import perplexity_against_bits, table_picture
 from lbllm_core.report.runs import RunRow, differences, lineage_table, measured, run_table, teacher_table
 from lbllm_core.report.standing import BEST, TIE, standings
-from lbllm_core.report.tables import Cells, markdown, plain
+from lbllm_core.report.tables import Cells, counted, markdown, plain
 
 ORDER = ("finished", "running", "stopped", "failed", "planned")
 MARKS = {BEST: " ★", TIE: " ≈"}
@@ -54,7 +54,7 @@ def page(rows: Sequence[RunRow], name: str, home: Path, pictures: Sequence[Path]
         return f"[{row.title}]({row.link})" if row.link else row.title
 
     counts = ", ".join(f"{sum(row.state == state for row in rows)} {state}" for state in ORDER if any(row.state == state for row in rows))
-    parts = [f"# Comparison: {name}", f"{len(rows)} runs ({counts}), read on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}. Behind `±` stands a standard error of the evaluation data, in brackets the figure over that of the run's own teacher (x) or its share (%). ★ is the best finished run of its model, ≈ one within a standard error of their difference. Minutes are the work in the final model and the teacher's evaluation."]
+    parts = [f"# Comparison: {name}", f"{counted(len(rows), 'run')} ({counts}), read on {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}. Behind `±` stands a standard error of the evaluation data, in brackets the figure over that of the run's own teacher (x) or its share (%). ★ is the best finished run of its model, ≈ one within a standard error of their difference. Minutes are the work in the final model and the teacher's evaluation."]
     parts.append(markdown(_marked(rows, link)))
     parts += [f"![{picture.stem}]({quote(picture.name)})" for picture in pictures]
     for title, cells in (("Teachers", teacher_table(rows)), ("What differs", differences(finished or rows, link)), ("Lineage", lineage_table(linked, link))):
@@ -107,7 +107,7 @@ def compare(home: Path, sweep: str = "") -> tuple[str, list[Path]]:
     name = sweep or "all"
     folder = home / "compare"
     folder.mkdir(exist_ok=True)
-    pictures = [table_picture(run_table(rows), folder / f"{name}.png", f"{name}: {len(rows)} runs")]
+    pictures = [table_picture(run_table(rows), folder / f"{name}.png", f"{name}: {counted(len(rows), 'run')}")]
     pictures += perplexity_against_bits(desk.points(rows), folder, name)
     text, report = folder / f"{name}.md", folder / f"{name}.html"
     write_atomic(text, page(rows, name, home, pictures).encode())

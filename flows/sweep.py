@@ -39,7 +39,7 @@ from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.engine.terminal import duration
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.forecast import Forecaster
-from lbllm_core.report.tables import plain
+from lbllm_core.report.tables import counted, plain
 from tasks.tracking import close_rows, describe_experiment
 
 Show = Callable[[str], None]
@@ -91,7 +91,7 @@ class _Sweep:
             state, reason = ("reused", "") if p.done else ("failed", p.forecast.obstacle) if p.forecast.obstacle else ("planned", "")
             self._note(index, state=state, reason=reason)
         waiting = [index for index, cell in enumerate(self.record.cells) if cell.state == "planned"]
-        self.show(f"Sweep {self.name}: {len(planned)} cells, {len(waiting)} to run\n\n{plain(plan_table(planned))}")
+        self.show(f"Sweep {self.name}: {counted(len(planned), 'cell')}, {len(waiting)} to run\n\n{plain(plan_table(planned))}")
         if waiting:
             if any(cell.config.tracking.enabled for cell in self.found):
                 describe_experiment(self.home, self.name, _description(self.record))
@@ -178,7 +178,7 @@ def _description(record: SweepRecord) -> str:
     models, experiments = (list(dict.fromkeys(getattr(cell, name) for cell in record.cells)) for name in ("model", "experiment"))
     seeds = list(dict.fromkeys(str(cell.seed) for cell in record.cells))
     told = [f"- `{name}`: {about(name)}" for name in experiments]
-    asked = [record.question, f"Sweep `{record.name}`: {', '.join(models)}; seeds {', '.join(seeds)}; {len(record.cells)} cells.", *told]
+    asked = [record.question, f"Sweep `{record.name}`: {', '.join(models)}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}; {counted(len(record.cells), 'cell')}.", *told]
     return "\n".join(line for line in asked if line)
 
 

@@ -17,7 +17,7 @@ from flows.lab_book import columns_address, read_rows
 from flows.sweep import SweepError, run_sweep
 from flows.sweep_report import end_table, failures
 from lbllm_core.engine.artifacts import home_folder
-from lbllm_core.report.tables import markdown
+from lbllm_core.report.tables import counted, markdown
 from tasks.step import prepare_logging
 
 
@@ -54,5 +54,5 @@ def lbllm_sweep(
         log.warning("the table of the sweep could not be put on Prefect's page; `make compare SWEEP=%s` shows it", record.name)
     if failed:
         count = sum(cell.state == "failed" for cell in record.cells)
-        raise SweepError(f"{count} of {len(record.cells)} cells failed\n" + "\n".join(failed))
+        raise SweepError(f"{count} of {counted(len(record.cells), 'cell')} failed\n" + "\n".join(failed))
     return table

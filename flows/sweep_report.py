@@ -15,7 +15,7 @@ from flows.cells import Cell
 from flows.sweep_record import CellRecord, SweepRecord, in_work, latest_record, read_record
 from lbllm_core.engine.terminal import duration
 from lbllm_core.forecast import Forecast
-from lbllm_core.report.tables import Cells, plain
+from lbllm_core.report.tables import Cells, counted, plain
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def expected_time(forecasts: Sequence[Forecast], overhead: float = 0.0) -> str:
     known = sum(f.known_seconds + overhead for f in forecasts)
     unknown = sum(f.unknown for f in forecasts)
     if unknown:
-        return f"{duration(known)} + {unknown} steps of unknown time" if known else "unknown"
+        return f"{duration(known)} + {counted(unknown, 'step')} of unknown time" if known else "unknown"
     return duration(known)
 
 

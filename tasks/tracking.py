@@ -47,6 +47,8 @@ BUSY_SECONDS = 3.0
 ROW_SECONDS = 2.0  # a row is never locked for longer, except by the run that owns it
 NOTE, OURS = "mlflow.note.content", "lbllm.description"  # what MLflow shows as the description, and what we wrote there
 SHOWN_PARAMS = ("model.name", "experiment", "scheme.name", "seed")
+RUN_NAME, DURATION = "attributes.`Run Name`", "attributes.`Duration`"  # columns of MLflow's table of runs
+NAME_PIXELS, CELL_PIXELS, LETTER_PIXELS = 300, 36, 7  # so wide that neither heads nor names are cut
 SECTION_OF = {
     "evaluate_teacher": "eval",
     "ptq_init": "stage1",
@@ -382,18 +384,20 @@ def close_rows(home: Path, sweep: str, reason: str) -> int:
 
 
 def share_columns(home: Path, experiment_id: str, metrics: Iterable[str], params: Iterable[str], sweep: str = "") -> str:
-    """A view of MLflow's run table with the columns that matter and, with `sweep`, only its runs, as the key of its address.
+    """A view of MLflow's run table with the columns that matter, figures first, and with `sweep` only its runs, as the key of its address.
 
     `metrics`: all names that the runs have, of which the view takes some; `params`: those that tell the runs apart. MLflow keeps a
     shared view as a tag of the experiment, as JSON; `?viewStateShareKey=<key>` opens it. Empty when the store is down or the
     experiment is gone: the table is there without it.
     """
     known = set(metrics)
-    scores = [name for name in sorted(known) if name.startswith("eval/") and "stderr" not in name]
-    figures = [name for name in ("size/effective_bpw", *scores, "size/disk_mb", "speed/decode_tok_s") if name in known]
-    columns = [*(f"params.`{name}`" for name in dict.fromkeys((*SHOWN_PARAMS, *params))), *(f"metrics.`{name}`" for name in figures), "attributes.`Duration`"]
-    wanted = f"tags.`lbllm.sweep` = '{sweep}'" if sweep else ""
-    text = json.dumps({"searchFilter": wanted, "orderByKey": "attributes.start_time", "orderByAsc": True, "selectedColumns": columns}, sort_keys=True)
+    scores = sorted((name for name in known if name.startswith("eval/") and "stderr" not in name), key=lambda name: (not name.startswith("eval/ppl_"), name))
+    figures = [name for name in (*scores, "size/effective_bpw", "size/disk_mb", "speed/decode_tok_s") if name in known]
+    columns = [*(f"metrics.`{name}`" for name in figures), *(f"params.`{name}`" for name in dict.fromkeys((*params, *SHOWN_PARAMS)))]
+    widths = {column: CELL_PIXELS + LETTER_PIXELS * len(column.split("`")[1]) for column in columns} | {RUN_NAME: NAME_PIXELS, DURATION: 90}
+    view = {"searchFilter": f"tags.`lbllm.sweep` = '{sweep}'" if sweep else "", "orderByKey": "attributes.start_time", "orderByAsc": True}
+    view |= {"selectedColumns": [*columns, DURATION], "columnOrder": [RUN_NAME, *columns, DURATION], "columnWidths": widths}
+    text = json.dumps(view, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     try:
         _probe(home / "mlflow.db")

@@ -21,7 +21,7 @@ from lbllm_core.report.ablations import Published, tables
 from lbllm_core.report.plots import COLOURS, Line, bits_chart, cost_chart, histogram_chart, lines_chart
 from lbllm_core.report.runs import RunRow, differences, lineage_table, measured, run_table, teacher_table
 from lbllm_core.report.standing import Entry, Table, standings
-from lbllm_core.report.tables import Cells
+from lbllm_core.report.tables import Cells, counted
 
 TEMPLATE = "desk.html.j2"
 MOST_DRAWN = len(COLOURS)
@@ -92,7 +92,7 @@ def render(rows: Sequence[RunRow], kept: Mapping[str, Kept], page: Page) -> str:
     costs = [(name, [p for p in found if p["minutes"]]) for name, found in of_bits]
     with_histograms = [row for row in shown if kept.get(row.run_id, Kept()).activations.get("act_quant")]
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup
+    environment.filters |= {"svg": Markup, "counted": counted}
     return environment.get_template(TEMPLATE).render(
         page=page,
         counts=_counts(rows),

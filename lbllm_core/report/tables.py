@@ -97,6 +97,11 @@ def pivot(records: Iterable[Record], rows: Sequence[str], column: str) -> Cells:
     return [[*rows, *columns]] + [[*key, *(line.get(c, "") for c in columns)] for key, line in lines.items()]
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 run`, `6 runs`: a count before a noun whose plural ends in s."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def number(value: float) -> str:
     """Four significant digits, whole numbers as they are."""
     return str(value) if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"

@@ -63,6 +63,11 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not broken
 
 
+def test_every_picture_is_shown() -> None:
+    shown = {Path(target).name for page in PAGES for target in LINK.findall(page.read_text(encoding="utf-8"))}
+    assert {p.name for p in (ROOT / "docs" / "pictures").iterdir()} <= shown
+
+
 def test_every_page_is_in_the_contents() -> None:
     listed = set(re.findall(r"^([a-z/]+)$", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert {p.stem for p in (ROOT / "docs").glob("*.md")} - {"index"} <= listed

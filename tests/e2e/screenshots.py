@@ -4,7 +4,6 @@
     mlflow-runs.png      MLflow's table of the sweep's runs, with the columns that `make sweep` chose
     prefect-runs.png     Prefect's page of runs, when its server runs (`make up`)
     report.png           the head of the HTML report of `make compare`
-    compare-*.png        what `make compare` draws
 
 Written into docs/pictures (or the folder given). MLflow's page is started for the time of the pictures when it is not up.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -102,16 +100,13 @@ def main() -> int:
             page.picture(chosen.folder / "report.png")
         prefect = servers.running(home, "prefect")
         if prefect:
-            with browser(1500, 900) as page:
+            with browser(1500, 1350) as page:
                 page.go(f"http://{servers.HOST}:{prefect.port}/runs")
                 page.wait_for("Flow run")
                 page.picture(chosen.folder / "prefect-runs.png", settle=4)
     except (LbllmError, BrowserError) as error:
         print(error, file=sys.stderr)
         return 1
-    for file in files:
-        if file.suffix == ".png":
-            shutil.copy(file, chosen.folder / f"compare{file.stem.removeprefix(name) or '-table'}.png")
     print(f"wrote {', '.join(sorted(p.name for p in chosen.folder.glob('*.png')))} into {chosen.folder}")
     return 0
 

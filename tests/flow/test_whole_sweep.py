@@ -60,7 +60,9 @@ def test_a_cell_that_cannot_run_does_not_stop_the_others(stack: Stack) -> None:
     assert "searchFilter=tags." in done.stdout
     key = done.stdout.partition("viewStateShareKey=")[2].split()[0]
     (experiment,) = (e for e in MlflowClient(store_uri(stack.home)).search_experiments() if e.name == "of-tests")
-    columns = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])["selectedColumns"]
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])
+    columns = view["selectedColumns"]
+    assert set(columns) == set(view["columnOrder"][1:]) == set(view["columnWidths"]) - {"attributes.`Run Name`"}, "every column has its place and width"
     assert "tiny, llama2; seeds 0, 3; 4 cells" in experiment.tags["mlflow.note.content"]
     assert {"params.`seed`", "metrics.`eval/ppl_synthetic`", "metrics.`size/effective_bpw`"} <= set(columns)
     assert "Traceback" not in done.stdout + done.stderr

@@ -167,7 +167,8 @@ def test_every_number_leads_to_its_run(rows: list[RunRow], page: str) -> None:
 
 def test_pages_of_little(rows: list[RunRow]) -> None:
     for few in ([rows[4]], [rows[3]], [rows[0]], [run("bf16", None)]):
-        read(desk.render(few, {}, desk.Page("s", "today")))
+        text = " ".join("".join(read(desk.render(few, {}, desk.Page("s", "today"))).words).split())
+        assert f"1 run (1 {few[0].state}), read on today." in text
 
 
 def test_many_runs_are_drawn_by_rank() -> None:
