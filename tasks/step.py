@@ -12,7 +12,6 @@ without Prefect (`lbllm_core/run.py`), from the same folder under the same key.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,15 +81,13 @@ class Step:
             log.info("%s: skipped, %s", self.name, reason)
             return inputs.get("student")
         upstream = {role: handle.to_dict() for role, handle in inputs.items() if handle is not None}
-        began = time.monotonic()
         curves = run.row == "final" and self.name in pipeline.STAGES  # a row beside it would draw into the same charts
         state, key = self._run(run, upstream, curves)
         if state.name == "Cached" and not _record_is_true(state, folder_of(run.home, self.name, key)):
             state, _ = self._run(run, upstream, curves)
         handle = _handle_of(state)
         row = "teacher" if self.name == "evaluate_teacher" or (self.name == "score_requests" and not upstream) else run.row
-        minutes = max(read_seconds(handle.folder(run.home)), 0.0 if handle.reused else time.monotonic() - began) / 60
-        done = pipeline.Finished(row, handle, minutes)
+        done = pipeline.Finished(row, handle, read_seconds(handle.folder(run.home)) / 60)  # as when it is reused: cells of a sweep compare
         run.finished.append(done)
         run.listener.finished(done)
         return handle

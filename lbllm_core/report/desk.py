@@ -122,7 +122,7 @@ def comparison(rows: Sequence[RunRow]) -> Table:
     cells = run_table(rows)
     marks = {name: standings(rows, name) for name in measured(rows)}
     lines = [
-        [[Entry(text, marks.get(head, {}).get(place, ""), row.link if text else "")] for head, text in zip(cells[0], cells[place + 1], strict=True)]
+        [[Entry(text, marks.get(head, {}).get(place, ""), (row.link or (row.error and head == "state" and "#failures") or "") if text else "")] for head, text in zip(cells[0], cells[place + 1], strict=True)]
         for place, row in enumerate(rows)
     ]
     return Table("Comparison", cells[0], lines)
@@ -138,7 +138,7 @@ def minutes_table(rows: Sequence[RunRow]) -> Table:
         cells = [Entry("" if value is None else f"{value:.2f}", link=row.link) for value in found]
         total = Entry("" if row.minutes is None else f"{row.minutes:.1f}", link=row.link)
         lines.append([[Entry(row.title, link=row.link)], *([cell] for cell in cells), [total]])
-    return Table("Minutes of work by step", ["", *steps, "with the teacher's evaluation"], lines)
+    return Table("Minutes of work by step", ["", *steps, "all, with the teacher's evaluation"], lines)
 
 
 def error_charts(rows: Sequence[RunRow], kept: Mapping[str, Kept]) -> list[Chart]:
@@ -154,7 +154,8 @@ def error_charts(rows: Sequence[RunRow], kept: Mapping[str, Kept]) -> list[Chart
         ]
         if lines:
             what = "weighted error of the weights" if step == "ptq_init" else "relative error of the outputs"
-            charts.append(Chart(lines_chart(lines, f"{stage}: {what}", "block", "error"), "after" if step == "ptq_init" else "before - - -, after ———"))
+            caption = "after it; before it there are no codes" if step == "ptq_init" else "before - - -, after ———"
+            charts.append(Chart(lines_chart(lines, f"{stage}: {what}", "block", "error"), caption + _shared(rows, kept, step)))
     return charts
 
 
@@ -172,7 +173,7 @@ def loss_charts(rows: Sequence[RunRow], kept: Mapping[str, Kept]) -> list[Chart]
                 coarse = [point for (x, before), (_, after) in ends for point in ((x, before), (x + 1, after))]
                 lines += [Line(coarse, i)] if coarse else []
         if lines:
-            charts.append(Chart(lines_chart(lines, f"{stage}: loss", "step" if step == "end_to_end" else "block", "loss")))
+            charts.append(Chart(lines_chart(lines, f"{stage}: loss", "step" if step == "end_to_end" else "blocks done", "loss"), _shared(rows, kept, step).lstrip("; ")))
     return charts
 
 
@@ -217,6 +218,15 @@ def _once(rows: Sequence[RunRow], kept: Mapping[str, Kept], step: str) -> list[t
             seen.add(key)
             found.append((i, curves))
     return found
+
+
+def _shared(rows: Sequence[RunRow], kept: Mapping[str, Kept], step: str) -> str:
+    """Which runs one line stands for, as the end of a caption; empty when each has its own."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if kept.get(row.run_id, Kept()).curves.get(step):
+            groups.setdefault(row.lineage.get(step, row.run_id), []).append(row.title)
+    return "".join(f"; one line for the same artifact: {', '.join(titles)}" for titles in groups.values() if len(titles) > 1)
 
 
 def _points(values: Sequence[Sequence[float]] | None) -> Points:

@@ -20,7 +20,7 @@ from typing import Any
 SPARE: Mapping[str, float] = MappingProxyType({"left": 0.75, "right": 0.15, "top": 0.35, "bottom": 0.5})  # inches around the axes of a chart
 MOST_LABELS = 14  # points that are called by name; of more, those on the Pareto lines
 MOST_LINES = 60  # of a table that is a picture
-LINE_POINTS = 9.5  # height of a label, in points
+LINE_POINTS, LETTER_POINTS = 9.5, 4.2  # height of a label and width of its letters, in points
 COLOURS = ("#4c566a", "#b0403a", "#d08a3e", "#3a7ca5", "#4f8f5b", "#7b5ea7")
 
 
@@ -198,20 +198,32 @@ def _scatter(measured: Sequence[Mapping[str, Any]], title: str, label: str) -> A
 
 def _label_points(figure: Any, axes: Any, measured: Sequence[Mapping[str, Any]]) -> None:
     """Write each point's name beside it, towards the middle; names that would overlap are moved apart and tied by a thin line."""
+    from matplotlib.patheffects import withStroke
+
     figure.draw_without_rendering()  # fixes the layout, so that data have a place on the page
     places: dict[tuple[float, float], list[str]] = {}
     for p in measured:
         places.setdefault((float(p["at"]), float(p["value"])), []).append(str(p["title"]).removeprefix(f"{p['model']} ").removeprefix("ablation_"))
     points = {place: axes.transData.transform(place) * 72 / figure.dpi for place in places}
-    middle = sum(axes.get_window_extent().intervalx) / 2 * 72 / figure.dpi
-    for side in ("left", "right"):
-        own = sorted((place for place in places if (points[place][0] <= middle) == (side == "left")), key=lambda place: float(points[place][1]))
+    names = {place: ", ".join(titles if len(titles) <= 3 else [*titles[:2], f"{len(titles) - 2} more"]) for place, titles in places.items()}
+    edges = [x * 72 / figure.dpi for x in axes.get_window_extent().intervalx]
+    on_right = {place: _goes_right(place, points, LETTER_POINTS * len(names[place]), edges) for place in places}
+    for right in (True, False):
+        own = sorted((place for place in places if on_right[place] == right), key=lambda place: float(points[place][1]))
         for place, height in zip(own, apart([float(points[place][1]) for place in own], LINE_POINTS), strict=True):
             shift = height - float(points[place][1])
             tie = {"arrowstyle": "-", "color": "#9aa3b2", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if abs(shift) > 2 else None
-            offset, align = ((12, "left") if side == "left" else (-12, "right")) if tie else ((7, "left") if side == "left" else (-7, "right"))
-            names = places[place] if len(places[place]) <= 3 else [*places[place][:2], f"{len(places[place]) - 2} more"]
-            axes.annotate(", ".join(names), place, xytext=(offset, shift), textcoords="offset points", ha=align, va="center", fontsize=7.5, arrowprops=tie)
+            text = axes.annotate(names[place], place, xytext=(12 if right else -12, shift), textcoords="offset points", ha="left" if right else "right", va="center", fontsize=7.5, arrowprops=tie)
+            text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # lines behind it do not cut its letters
+
+
+def _goes_right(place: tuple[float, float], points: Mapping[tuple[float, float], Any], width: float, edges: Sequence[float]) -> bool:
+    """On which side of its point a name is written: towards the middle, unless another point lies there and none on the other side."""
+    x, y = points[place]
+    beside = [float(p[0] - x) for p in points.values() if 0 < abs(p[0] - x) < width + 16 and abs(p[1] - y) < LINE_POINTS]
+    inwards = bool(x <= sum(edges) / 2)
+    free = {right: not any((dx > 0) == right for dx in beside) and (x + width + 12 < edges[1] if right else x - width - 12 > edges[0]) for right in (True, False)}
+    return inwards if free[inwards] or not free[not inwards] else not inwards
 
 
 def lines_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str) -> str:

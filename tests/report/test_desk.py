@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lbllm_core.report import desk
+from lbllm_core.report import desk, plots
 from lbllm_core.report.ablations import FAMILIES, SAME_CHANGE, family_of, family_table, main_table, stages_table, zero_shot_table
 from lbllm_core.report.plots import histogram_chart
 from lbllm_core.report.runs import RunRow
@@ -183,9 +183,20 @@ def test_shared_artifacts_are_drawn_once() -> None:
     first, second = run("a", 30.0), run("b", 31.0)
     second = RunRow(**{**vars(second), "lineage": first.lineage})
     kept = {row.run_id: desk.Kept({"weight_distill": CURVES}) for row in (first, second)}
-    alone = desk.error_charts([first], kept)
-    assert desk.error_charts([first, second], kept) == alone
-    assert len(alone) == 1
+    (alone,) = desk.error_charts([first], kept)
+    (both,) = desk.error_charts([first, second], kept)
+    assert both.svg == alone.svg
+    assert both.caption == f"{alone.caption}; one line for the same artifact: m a, m b"
+    assert desk.loss_charts([first], kept)[0].caption == ""
+
+
+def test_names_beside_points_avoid_other_points() -> None:
+    edges = (0.0, 500.0)
+    assert plots._goes_right((1, 1), {(1, 1): (100.0, 50.0), (2, 1): (400.0, 50.0)}, 60.0, edges), "towards the middle"
+    assert not plots._goes_right((2, 1), {(1, 1): (100.0, 50.0), (2, 1): (400.0, 50.0)}, 60.0, edges)
+    assert not plots._goes_right((1, 1), {(1, 1): (100.0, 50.0), (2, 1): (150.0, 52.0)}, 60.0, edges), "a point lies there: the other side"
+    assert plots._goes_right((1, 1), {(1, 1): (100.0, 50.0), (2, 1): (150.0, 80.0)}, 60.0, edges), "it lies above"
+    assert plots._goes_right((1, 1), {(1, 1): (50.0, 50.0), (2, 1): (90.0, 52.0)}, 60.0, edges), "no room on the other side"
 
 
 def test_histograms_of_uniform_codes_have_no_knees() -> None:
