@@ -257,7 +257,6 @@ def deliver(home: Path, entries: Entries) -> None:
         return
     import mlflow.entities as kinds
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs a traceback of what is raised; the caller says it in a sentence
     _probe(home / "mlflow.db")
     client = _client(home)
     if not entries.run_id:
@@ -287,10 +286,10 @@ def deliver(home: Path, entries: Entries) -> None:
 
 
 def _client(home: Path) -> Any:
-    """MLflow's client on the home's store; what it says about making its tables is of no use to anybody."""
+    """MLflow's client on the home's store. It would tell of the tables it makes, and log a traceback of an error that it raises: callers say it in a sentence."""
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return MlflowClient(store_uri(home))
 
 
@@ -431,5 +430,7 @@ def _plain(value: Any) -> str:
 
 
 def _brief(error: Exception) -> str:
+    """What an error says first; of one that the store's libraries wrapped, what sqlite said."""
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    said = next((line for line in lines if line.startswith("(sqlite3.")), lines[0] if lines else "")
+    return f"{type(error).__name__}: {said[:200]}" if said else type(error).__name__

@@ -15,7 +15,7 @@ from lbllm_core.config import RunConfig, TrackingConfig
 from lbllm_core.engine.artifacts import Handle
 from lbllm_core.engine.progress import Progress
 from lbllm_core.pipeline import Finished
-from tasks import system_metrics
+from tasks import system_metrics, tracking
 from tasks.tracking import LabBook, describe_experiment, store_uri
 
 
@@ -86,6 +86,22 @@ def test_store_that_is_down(home: Path, caplog: pytest.LogCaptureFixture) -> Non
     history = MlflowClient(store_uri(home)).get_metric_history(by_seed["1"].info.run_id, "stage2/loss")
     assert [m.value for m in history] == [3.0, 2.0, 1.0]
     assert not list((home / "mlflow-pending").glob("*.json"))
+
+
+def test_store_that_goes_in_the_middle_of_a_call(home: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe found it well; what the store's own libraries say of the error is not shown, what we say is a sentence."""
+    with caplog.at_level(logging.WARNING, "tasks"), LabBook(RunConfig(), home) as book:
+        (home / "mlflow.db").rename(home / "aside.db")
+        (home / "mlflow.db").write_bytes(b"this is no database " * 500)
+        monkeypatch.setattr(tracking, "_probe", lambda store: None)
+        book.progress(Progress("weight_distill", 1, 1, "block", {"loss": 1.0}))
+        book.flush()
+        monkeypatch.undo()
+        (home / "aside.db").replace(home / "mlflow.db")
+    assert "the run goes on" in caplog.text
+    assert "autoflush" not in caplog.text
+    assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
+    assert [row.info.status for row in rows(home)] == ["FINISHED"]
 
 
 def test_tracking_off_writes_nothing(home: Path) -> None:
