@@ -91,6 +91,10 @@ def test_the_table_of_runs_shows_names_figures_and_the_question(desk: Desk, page
     assert re.search(rf"\b{len(EXPERIMENTS)}\s+matching runs", text)
     for row in desk.rows:
         assert str(row.value("ppl_synthetic"))[:6] in text, "each run's perplexity is to be read without a click"
+    heads = page.run("return [...document.querySelectorAll('.ag-header-cell')].filter(e => e.getBoundingClientRect().right <= innerWidth).map(e => e.innerText.trim())")
+    assert {"Run Name", "eval/ppl_synthetic", "size/effective_bpw"} <= set(heads), "the columns that matter are in the window"
+    cut = page.run("return [...document.querySelectorAll('.ag-header-cell *')].filter(e => e.innerText && e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)")
+    assert not cut, "a head is too narrow for its name"
 
 
 def test_a_runs_page_says_what_it_tests_and_leads_to_prefect(desk: Desk, page: Browser) -> None:
