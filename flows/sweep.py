@@ -178,7 +178,7 @@ def _description(record: SweepRecord) -> str:
     models, experiments = (list(dict.fromkeys(getattr(cell, name) for cell in record.cells)) for name in ("model", "experiment"))
     seeds = list(dict.fromkeys(str(cell.seed) for cell in record.cells))
     told = [f"- `{name}`: {about(name)}" for name in experiments]
-    asked = [record.question, f"Sweep `{record.name}`: {', '.join(models)}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}; {counted(len(record.cells), 'cell')}.", *told]
+    asked = [f"{record.question}\n" if record.question else "", f"Sweep `{record.name}`: {', '.join(models)}; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}; {counted(len(record.cells), 'cell')}.", *told]
     return "\n".join(line for line in asked if line)
 
 

@@ -26,6 +26,7 @@ from lbllm_core.errors import LbllmError
 from lbllm_core.report.runs import RunRow, measured
 
 METRICS = "//div[normalize-space(text())='Metrics:']/following-sibling::div[1]/div[1]"
+EXPERIMENT = "//div[normalize-space(text())='Parameters:']/following-sibling::div[1]//*[contains(@class, 'selection-item') and normalize-space(.)='experiment']//span[contains(@class, 'selection-item-remove')]"
 
 
 @contextlib.contextmanager
@@ -56,6 +57,7 @@ def compare_page(page: Browser, home: Path, rows: list[RunRow], folder: Path) ->
     settle_mlflow(page, home)
     page.go(lab_book.compare_address(home, rows))
     page.wait_for(f"Comparing {len(rows)} Runs", "Parameters", *(row.run_id for row in rows))
+    page.press(EXPERIMENT)  # its names are cut on an axis; they stand in the table below
     page.press(f"{METRICS}//span[contains(@class, 'selection-item-remove')]")  # the first metric of the store, whatever it is
     page.press(METRICS)
     for name in ("size/effective_bpw", f"eval/{measured(rows)[0]}"):
@@ -92,9 +94,9 @@ def main() -> int:
         with mlflow_page(home):
             with browser(1500, 1500) as page:
                 compare_page(page, home, rows, chosen.folder)
-            with browser(1700, 700) as page:
+            with browser(1800, 700) as page:
                 runs_page(page, home, rows, name, chosen.folder)
-        with browser(1300, 1600) as page:
+        with browser(1600, 1420) as page:
             page.go(next(file for file in files if file.suffix == ".html").as_uri())
             page.wait_for(f"Comparison: {name}")
             page.picture(chosen.folder / "report.png")
