@@ -96,7 +96,7 @@ def main() -> int:
                 compare_page(page, home, rows, chosen.folder)
             with browser(1800, 700) as page:
                 runs_page(page, home, rows, name, chosen.folder)
-        with browser(1600, 1420) as page:
+        with browser(1600, 1455) as page:
             page.go(next(file for file in files if file.suffix == ".html").as_uri())
             page.wait_for(f"Comparison: {name}")
             page.picture(chosen.folder / "report.png")
