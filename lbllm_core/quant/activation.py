@@ -269,7 +269,9 @@ class ActQuantizer(nn.Module):
 @torch.no_grad()
 def constrain(quantizers: Sequence[ActQuantizer]) -> None:
     """Keep factors where they mean something: clips in [0.05, 1.5], knees in [0.02, 0.98]. All together: each is one number, and a launch."""
-    for low, high, factors in ((0.05, 1.5, [f for q in quantizers for f in (q.clip_max, q.clip_min)]), (0.02, 0.98, [f for q in quantizers for f in (q.knee_low, q.knee_high)])):
+    clips: list[Tensor] = [f for q in quantizers for f in (q.clip_max, q.clip_min)]
+    knees: list[Tensor] = [f for q in quantizers for f in (q.knee_low, q.knee_high)]
+    for factors, low, high in ((clips, 0.05, 1.5), (knees, 0.02, 0.98)):
         if factors:
             torch._foreach_clamp_min_(factors, low)
             torch._foreach_clamp_max_(factors, high)
