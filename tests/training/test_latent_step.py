@@ -371,7 +371,7 @@ quant = {"x": "*bf16", "to_x": "*bf16", "smallest": "fp32", "channels": "i32"}
 cases += [(k, dict(TOP=top, BLOCK=block), quant) for k, widest in ((t._fake_quantized, 16384), (t._fake_quantized_backward, t.WIDEST)) for top, block in ((15, 4096), (127, widest))]
 for kernel, constants, special in cases:
     kinds = {a: "constexpr" if a in constants else (types | special).get(a, "*fp32") for a in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens", "channels")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens", "channels", "columns")}
     warps = t._warps(constants["BLOCK"]) if "WIDTH" in constants or "TOP" in constants else 4  # as they are launched
     made = triton.compile(ASTSource(kernel, kinds, constants, aligned), target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
     assert len(made.asm["cubin"]) > 1000
