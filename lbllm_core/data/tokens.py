@@ -12,9 +12,11 @@ they are remembered by what decides them (tokenizer, file contents, config).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,17 @@ CALIBRATION_STREAM = 1_000  # synthetic text: stream 0 trains tiny, 1000 + seed 
 EVALUATION_STREAM = 999
 
 
-REMEMBERED = 8  # sets of windows
-_memory: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class _Windows:
+    """Windows by what decides them; equal ones are made once in a process."""
+
+    key: str
+    make: Callable[[], Tensor] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _made(windows: _Windows) -> Tensor:
+    return windows.make()
 
 
 def remembered(tokenizer: Any, facts: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
@@ -45,11 +56,7 @@ def remembered(tokenizer: Any, facts: Sequence[object], make: Callable[[], Tenso
     if backend is None:
         return make()
     key = hashlib.sha256(json.dumps([backend.to_str(), [str(fact) for fact in facts]]).encode()).hexdigest()
-    if key not in _memory:
-        while len(_memory) >= REMEMBERED:
-            del _memory[next(iter(_memory))]
-        _memory[key] = make()
-    return _memory[key].clone()
+    return _made(_Windows(key, make)).clone()
 
 
 def encode(tokenizer: Any, documents: Iterable[str], joint: str = JOINT) -> Iterator[list[int]]:
