@@ -1,49 +1,47 @@
-"""The Triton kernels of training, where there are any; importing Triton takes a second, so it waits until somebody asks.
+"""The Triton kernels that lbllm_core uses, where there is Triton: each function returns a module of lbllm_kernels, or None.
 
-The imports stand in the source, because a step's fingerprint is read from them (`engine/fingerprint.py`).
+Importing Triton takes a second, so it waits until somebody asks. The imports stand in the source, because a step's fingerprint is read from
+them (`engine/fingerprint.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-@functools.cache
+
 def kernels() -> Any:
-    """`lbllm_kernels.triton_training`, or None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
+    """What training is made of: weights, gradients of levels, norms, rotary embedding, gate, activation quantizer."""
+    if not HAS_TRITON:
         return None
     from lbllm_kernels import triton_training
 
     return triton_training
 
 
-@functools.cache
 def compensation() -> Any:
-    """`lbllm_kernels.triton_compensate`, or None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
+    """One group of error compensation."""
+    if not HAS_TRITON:
         return None
     from lbllm_kernels import triton_compensate
 
     return triton_compensate
 
 
-@functools.cache
 def divergence() -> Any:
-    """`lbllm_kernels.triton_divergence`, or None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
+    """Rows of logits: divergence and gradient."""
+    if not HAS_TRITON:
         return None
     from lbllm_kernels import triton_divergence
 
     return triton_divergence
 
 
-@functools.cache
 def entries() -> Any:
-    """`lbllm_kernels.triton_entries`, or None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
+    """Each group's best entry of a table."""
+    if not HAS_TRITON:
         return None
     from lbllm_kernels import triton_entries
 

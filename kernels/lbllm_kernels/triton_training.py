@@ -41,7 +41,7 @@ from lbllm_kernels.triton_matmul import _piecewise_value, _rint
 
 NEAREST, CODES, BITMAP = 0, 1, 2
 TILE = 2048  # weights a program
-MOST_COLUMNS = 65536
+WIDEST = 2048  # channels that a program holds at once where it holds several things of each: more would not fit into registers
 
 
 def usable(device: torch.device) -> bool:
@@ -490,38 +490,53 @@ def _fake_quantized(x, out, about, clip_max_at, clip_min_at, knee_low_at, knee_h
 
 
 @triton.jit
-def _fake_quantized_backward(x, grad, about, knee_low_at, knee_high_at, to_x, sums, channels, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def _fake_quantized_backward(x, grad, about, clip_max_at, clip_min_at, knee_low_at, knee_high_at, to_x, sums, smallest, channels, TOP: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < channels
-    v = tl.load(x + row * channels + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad + row * channels + at, mask=inside, other=0.0).to(tl.float32)
     s, z = tl.load(about + row * 4), tl.load(about + row * 4 + 1)
-    steps = tl.math.div_rn(v, s)
-    if TOP == 15:
-        t = _rint(steps) + z
-        q = tl.minimum(tl.maximum(t, 0.0), 15.0)
-    else:
-        t = steps + z
+    a, b = 0.0, 0.0
+    if TOP == 127:
         a, b = _rint(tl.load(knee_low_at) * z), _rint(tl.load(knee_high_at) * (127.0 - z))
-        before = _piecewise_value(0, z, a, b)
-        q = tl.zeros_like(t) + before
-        code = tl.zeros_like(t)
-        for k in tl.static_range(1, 16):
-            value = _piecewise_value(k, z, a, b)
-            above = t > (before + value) * 0.5
-            code = tl.where(above, tl.where(tl.zeros_like(t) + value > before, k * 1.0, code), code)
-            q = tl.where(above, value, q)
-            before = value
-        core = (code - 4.0) / 7.0
-        low_slope = tl.where(code < 4.0, code * -0.25, tl.where(code > 11.0, 0.0, core - 1.0)) * z
-        high_slope = tl.where(code < 4.0, 0.0, tl.where(code > 11.0, 1.0 - (code - 11.0) * 0.25, core)) * (127.0 - z)
-        tl.store(sums + row * 4 + 2, tl.sum(g * low_slope, 0) * s)
-        tl.store(sums + row * 4 + 3, tl.sum(g * high_slope, 0) * s)
-    kept = tl.where((t >= 0.0) & (t <= TOP * 1.0), g, 0.0)
-    tl.store(to_x + row * channels + at, kept.to(to_x.dtype.element_ty), mask=inside)
-    tl.store(sums + row * 4, tl.sum(g * (q - z), 0) - tl.sum(kept * steps, 0))
-    tl.store(sums + row * 4 + 1, s * tl.sum(kept - g, 0))
+    to_scale, to_zero, to_low, to_high = 0.0, 0.0, 0.0, 0.0
+    for start in range(0, channels, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < channels
+        v = tl.load(x + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + row * channels + at, mask=inside, other=0.0).to(tl.float32)
+        steps = tl.math.div_rn(v, s)
+        if TOP == 15:
+            t = _rint(steps) + z
+            q = tl.minimum(tl.maximum(t, 0.0), 15.0)
+        else:
+            t = steps + z
+            before = _piecewise_value(0, z, a, b)
+            q = tl.zeros_like(t) + before
+            code = tl.zeros_like(t)
+            for k in tl.static_range(1, 16):
+                value = _piecewise_value(k, z, a, b)
+                above = t > (before + value) * 0.5
+                code = tl.where(above, tl.where(tl.zeros_like(t) + value > before, k * 1.0, code), code)
+                q = tl.where(above, value, q)
+                before = value
+            core = (code - 4.0) / 7.0
+            low_slope = tl.where(code < 4.0, code * -0.25, tl.where(code > 11.0, 0.0, core - 1.0)) * z
+            high_slope = tl.where(code < 4.0, 0.0, tl.where(code > 11.0, 1.0 - (code - 11.0) * 0.25, core)) * (127.0 - z)
+            to_low += tl.sum(g * low_slope, 0)
+            to_high += tl.sum(g * high_slope, 0)
+        kept = tl.where((t >= 0.0) & (t <= TOP * 1.0), g, 0.0)
+        tl.store(to_x + row * channels + at, kept.to(to_x.dtype.element_ty), mask=inside)
+        to_scale += tl.sum(g * (q - z), 0) - tl.sum(kept * steps, 0)
+        to_zero += tl.sum(kept - g, 0)
+    # s = (clip_max high - clip_min low) / TOP, or 1 where that is too small; z = rint(-clip_min low / s), straight-through
+    high, low = tl.load(about + row * 4 + 2), tl.load(about + row * 4 + 3)
+    clip_max, clip_min = tl.load(clip_max_at), tl.load(clip_min_at)
+    point = -clip_min * low / s
+    to_point = tl.where((_rint(point) >= 0.0) & (_rint(point) <= TOP * 1.0), s * to_zero, 0.0)
+    raw = tl.math.div_rn(clip_max * high - clip_min * low, TOP * 1.0)
+    spread = tl.where(raw < smallest, 0.0, (to_scale - to_point * point / s) / TOP)
+    tl.store(sums + row * 4, spread * high)
+    tl.store(sums + row * 4 + 1, -low * (to_point / s + spread))
+    tl.store(sums + row * 4 + 2, to_low * s)
+    tl.store(sums + row * 4 + 3, to_high * s)
 
 
 def fake_quantized(x: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
@@ -534,10 +549,12 @@ def fake_quantized(x: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor], st
     return out, about
 
 
-def fake_quantized_backward(x: Tensor, grad: Tensor, about: Tensor, knees: tuple[Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
-    """Gradient of x, and `(n, 4)`: what each token's scale, zero point, knee_low and knee_high receive."""
+def fake_quantized_backward(x: Tensor, grad: Tensor, about: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and `(4,)`: those of clip_max, clip_min, knee_low and knee_high (0 for the knees of `uniform`)."""
     rows, channels = x.shape
-    to_x, sums = torch.empty_like(x), torch.zeros(rows, 4, device=x.device)
-    block = triton.next_power_of_2(channels)
-    _fake_quantized_backward[(rows,)](x, grad, about, *knees, to_x, sums, channels, TOP=steps, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False)
-    return to_x, sums
+    to_x, sums = torch.empty_like(x), torch.empty(rows, 4, device=x.device)
+    block = min(triton.next_power_of_2(channels), WIDEST)
+    _fake_quantized_backward[(rows,)](
+        x, grad, about, *factors, to_x, sums, SMALLEST_SCALE, channels, TOP=steps, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False
+    )
+    return to_x, sums.sum(0)

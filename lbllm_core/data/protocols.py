@@ -27,6 +27,7 @@ from lbllm_core.data import text, tokens
 from lbllm_core.data.synthetic import Language
 from lbllm_core.errors import ConfigError, DataError
 from lbllm_core.model.load import tiny_seed
+from lbllm_core.model.store import file_digest
 
 WINDOW = {"wikitext2": 2048, "ptb": 2048, "c4": 2048, "tinystories": 512, "embedded": 2048, "synthetic": 128}
 WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")
@@ -67,6 +68,12 @@ def resolve(name: str, config: RunConfig, tokenizer: Any) -> Protocol:
 def token_windows(protocol: Protocol, config: RunConfig, tokenizer: Any) -> Tensor:
     """Token ids `(n, window)`, int64. Raises DataError when the text fills no window."""
     bos = tokens.bos_of(config.model, tokenizer)
+    contents = [file_digest(path) for path in protocol_files(protocol.text)]
+    facts = ("windows", protocol, contents, sorted(text.HELD_OUT_SHARE.items()), tiny_seed(config.model) if config.model.source == "synthetic" else "", bos)
+    return tokens.remembered(tokenizer, facts, lambda: _windows(protocol, config, tokenizer, bos))
+
+
+def _windows(protocol: Protocol, config: RunConfig, tokenizer: Any, bos: int | None) -> Tensor:
     ids = [i for part in tokens.encode(tokenizer, _texts(protocol.text, config), "") for i in part]
     windows = tokens.cut(ids, protocol.window, bos)
     limit = len(windows)

@@ -5,13 +5,18 @@ and cut into sequences without overlap; only as many documents are encoded as ar
 (`model.add_bos`) gets one at the start of each sequence, which then holds seq_len - 1 tokens of text.
 
 There is no substitute for missing text: too little of it is an error that names both numbers.
+
+Every step of a run wants the same windows, and encoding a million tokens takes longer than many a step's work on a GPU: within a process
+they are remembered by what decides them (tokenizer, file contents, config).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,28 @@ SELECTION = 1  # raise it when other tokens are chosen from the same files: it i
 JOINT = "\n\n"
 CALIBRATION_STREAM = 1_000  # synthetic text: stream 0 trains tiny, 1000 + seed calibrates, EVALUATION_STREAM evaluates
 EVALUATION_STREAM = 999
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows by what decides them; equal ones are made once in a process."""
+
+    key: str
+    make: Callable[[], Tensor] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _made(windows: _Windows) -> Tensor:
+    return windows.make()
+
+
+def remembered(tokenizer: Any, facts: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, or what it made in this process for the same tokenizer and facts. Tokenizers that cannot be written as text are not told apart: no memory."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return make()
+    key = hashlib.sha256(json.dumps([backend.to_str(), [str(fact) for fact in facts]]).encode()).hexdigest()
+    return _made(_Windows(key, make)).clone()
 
 
 def encode(tokenizer: Any, documents: Iterable[str], joint: str = JOINT) -> Iterator[list[int]]:
@@ -83,6 +110,12 @@ def calibration_tokens(config: RunConfig, tokenizer: Any, home: Path | None = No
     if data.source == "self_generated":
         return _self_generated(config, home)
     bos = bos_of(config.model, tokenizer)
+    facts = ("calibration", data, data_digest(data), config.seed, tiny_seed(config.model) if config.model.source == "synthetic" else "", bos)
+    return remembered(tokenizer, facts, lambda: _cut_text(config, tokenizer, bos))
+
+
+def _cut_text(config: RunConfig, tokenizer: Any, bos: int | None) -> Tensor:
+    data = config.dataset
     wanted = data.sequences * (data.seq_len - (bos is not None))
     ids = _synthetic_ids(config, tokenizer, wanted) if data.source == "synthetic" else _document_ids(config, tokenizer, wanted)
     if len(ids) < wanted:

@@ -62,8 +62,28 @@ def cosine(step: int, total: int, final: float) -> float:
 
 
 def block_loss(output: Tensor, target: Tensor, energy: float) -> Tensor:
-    """Squared error without first tokens over `energy`, the mean square of such targets. `(batch, tokens, hidden)`."""
+    """Squared error without first tokens over `energy`, the mean square of such targets. `(batch, tokens, hidden)` float32."""
+    if output.is_cuda:
+        return _SquaredError.apply(output, target, energy)  # type: ignore[no-any-return, no-untyped-call]
     return (output[:, 1:] - target[:, 1:]).square().mean() / energy
+
+
+class _SquaredError(torch.autograd.Function):
+    """The same in six passes over a state's bytes instead of fourteen, which is 2 % of a large block's step: its gradient is the difference."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor, energy: float) -> Tensor:
+        difference = output - target
+        difference[:, 0] = 0
+        ctx.save_for_backward(difference)
+        ctx.weight = 1.0 / (difference[:, 1:].numel() * energy)
+        loss: Tensor = torch.linalg.vector_norm(difference).square() * ctx.weight
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (grad * (2.0 * ctx.weight)), None, None
 
 
 def train_block(block: nn.Module, job: BlockJob, plan: TrainingPlan) -> dict[str, float]:

@@ -31,7 +31,6 @@ from lbllm_core.quant.weight import (
     GRID,
     OutlierColumns,
     QuantizedWeight,
-    ascending,
     from_real_levels,
     group_levels,
     into_cells,
@@ -169,7 +168,7 @@ class _LevelStore(nn.Module):
     def units(self) -> Tensor:
         """Levels on the int8 grid, ascending, `(out, n_groups, 4)`, with gradients to whatever holds them."""
         if self.levels is not None:
-            return grid_ste(ascending(self.levels) * GRID, self.family)
+            return grid_ste(self.levels.sort(dim=-1).values * GRID, self.family)
         assert self.group_codes is not None
         ordered = self.entries()
         flat = ordered.index_select(0, self.group_codes.flatten().int())
@@ -178,7 +177,7 @@ class _LevelStore(nn.Module):
     def entries(self) -> Tensor:
         """The table on the int8 grid, each entry ascending, `(entries, 4)`."""
         assert self.table is not None
-        return grid_ste(ascending(self.table) * GRID, self.family)
+        return grid_ste(self.table.sort(dim=-1).values * GRID, self.family)
 
     def groups_by_entry(self) -> tuple[Tensor, Tensor]:
         """The groups in the order of the entries that they pick `(groups,)`, and where each entry's begin `(entries + 1,)`; int32."""

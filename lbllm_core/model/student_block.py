@@ -20,6 +20,7 @@ from lbllm_core.model.blocks import NORMS, SITE_OF, Decoder, linears_of_site
 from lbllm_core.model.linear import FrozenWeight, LatentBitmapWeight, LearningRates, NearestWeight, QuantLinear
 from lbllm_core.model.smoothing import NORM_OF_SITE
 from lbllm_core.model.student import BlockState
+from lbllm_core.quant import activation
 from lbllm_core.quant.activation import ActQuantizer
 from lbllm_core.quant.kv_cache import set_kv_bits
 from lbllm_core.quant.weight import GRID
@@ -201,6 +202,7 @@ def read_state(block: nn.Module, start: BlockState) -> BlockState:
 
 def constrain(block: nn.Module, bitmaps: bool = True) -> None:
     """Project parameters back to where they mean something; after each optimizer step. Without `bitmaps` where the step has kept those in range."""
+    activation.constrain([module for module in block.modules() if isinstance(module, ActQuantizer)])
     for module in block.modules():
-        if isinstance(module, ActQuantizer) or (bitmaps and isinstance(module, LatentBitmapWeight)):
+        if bitmaps and isinstance(module, LatentBitmapWeight):
             module.constrain()

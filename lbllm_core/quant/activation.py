@@ -153,16 +153,10 @@ class _FusedQuantized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, about, clip_max, clip_min, knee_low, knee_high = ctx.saved_tensors
-        to_x, sums = kernels().fake_quantized_backward(x.contiguous(), grad.contiguous(), about, (knee_low, knee_high), ctx.steps)
-        made: list[Tensor | None] = [to_x if ctx.needs_input_grad[0] else None, None, None, None, None, None]
-        if any(ctx.needs_input_grad[1:3]):
-            with torch.enable_grad():  # s and z as functions of the clips; a token's largest and smallest value are all they need of it
-                clips = [v.detach().requires_grad_() for v in (clip_max, clip_min)]
-                s, z = _scale_and_zero(about[:, 2:4], clips[0], clips[1], ctx.steps)
-                made[1:3] = torch.autograd.grad([s, z], clips, [sums[:, 0:1].contiguous(), sums[:, 1:2].contiguous()])
-        if any(ctx.needs_input_grad[3:5]) and ctx.steps == 127:
-            made[3:5] = sums[:, 2].sum(), sums[:, 3].sum()
-        return tuple(made)
+        to_x, sums = kernels().fake_quantized_backward(x.contiguous(), grad.contiguous(), about, (clip_max, clip_min, knee_low, knee_high), ctx.steps)
+        wanted = ctx.needs_input_grad[:5] if ctx.steps == 127 else ctx.needs_input_grad[:3]
+        made = [made if asked else None for made, asked in zip((to_x, *sums.unbind()), wanted, strict=False)]
+        return (*made, *[None] * (6 - len(made)))
 
 
 def _fused(x: Tensor, variant: str) -> bool:
@@ -266,15 +260,18 @@ class ActQuantizer(nn.Module):
     def _codes(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.variant, self.clip_max, self.clip_min, self.knee_low, self.knee_high, self.group_size, self.table)
 
-    @torch.no_grad()
-    def constrain(self) -> None:
-        """Keep the factors where they mean something: clips in [0.05, 1.5], knees in [0.02, 0.98]."""
-        self.clip_max.clamp_(0.05, 1.5)
-        self.clip_min.clamp_(0.05, 1.5)
-        self.knee_low.clamp_(0.02, 0.98)
-        self.knee_high.clamp_(0.02, 0.98)
-
     def factors(self) -> ActFactors:
         """The numbers as a plain value."""
         clip_max, clip_min, low, high = (float(p.detach()) for p in (self.clip_max, self.clip_min, self.knee_low, self.knee_high))
         return ActFactors(self.variant, clip_max, clip_min, low, high, self.group_size, self.planes)
+
+
+@torch.no_grad()
+def constrain(quantizers: Sequence[ActQuantizer]) -> None:
+    """Keep factors where they mean something: clips in [0.05, 1.5], knees in [0.02, 0.98]. All together: each is one number, and a launch."""
+    clips: list[Tensor] = [f for q in quantizers for f in (q.clip_max, q.clip_min)]
+    knees: list[Tensor] = [f for q in quantizers for f in (q.knee_low, q.knee_high)]
+    for factors, low, high in ((clips, 0.05, 1.5), (knees, 0.02, 0.98)):
+        if factors:
+            torch._foreach_clamp_min_(factors, low)
+            torch._foreach_clamp_max_(factors, high)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lbllm_core import fused
 from lbllm_core.quant.uniform import fit_affine, nearest_affine
-from lbllm_core.quant.weight import TINY, ascending, midpoints, nearest_codes, take_levels, weighted_error
+from lbllm_core.quant.weight import TINY, midpoints, nearest_codes, take_levels, weighted_error
 
 BINS = 128
 CHUNK = 16384  # groups at a time: bounds memory
@@ -53,7 +53,7 @@ def _em(w: Tensor, h: Tensor, levels: Tensor, rounds: int) -> Tensor:
     for _ in range(rounds):
         mass, moment = level_masses(w, h, levels)
         mean = moment / mass.clamp_min(TINY)
-        levels = ascending(torch.where(mass > TINY, mean, levels))
+        levels = torch.where(mass > TINY, mean, levels).sort(dim=-1).values
     return levels
 
 
@@ -68,7 +68,7 @@ def _starts(w: Tensor, h: Tensor, n: int) -> list[Tensor]:
     steps = torch.tensor([0.125, 0.375, 0.625, 0.875], device=w.device, dtype=w.dtype)
     gauss = torch.tensor([-1.51, -0.453, 0.453, 1.51], device=w.device, dtype=w.dtype)  # Lloyd-Max levels of a normal
     tails = torch.cat([low, mean - 0.5 * spread, mean + 0.5 * spread, high], dim=-1)
-    made = [ordered[:, at], low + (high - low) * steps, mean + spread * gauss, ascending(tails)]
+    made = [ordered[:, at], low + (high - low) * steps, mean + spread * gauss, tails.sort(dim=-1).values]
     return made[:n]
 
 
@@ -142,7 +142,7 @@ def _update_entries(w: Tensor, h: Tensor, table: Tensor, entry: Tensor) -> tuple
     total = torch.zeros_like(table).index_add_(0, entry, mass)
     sums = torch.zeros_like(table).index_add_(0, entry, moment)
     new = torch.where(total > TINY, sums / total.clamp_min(TINY), table)
-    return ascending(new), total
+    return new.sort(dim=-1).values, total
 
 
 def _revive(table: Tensor, used: Tensor, own: Tensor, cost: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def fit_codebook(
         entry = distance.argmin(dim=-1)
         weight = torch.zeros_like(table).index_add_(0, entry, mass)
         sums = torch.zeros_like(table).index_add_(0, entry, mass * own)
-        table = ascending(torch.where(weight > TINY, sums / weight.clamp_min(TINY), table))
+        table = torch.where(weight > TINY, sums / weight.clamp_min(TINY), table).sort(dim=-1).values
         table = nearest_affine(table, weight) if affine else table
         excess = (mass * (own - table[entry]).square()).sum(-1)
         table = _revive(table, weight.sum(-1), own, excess)

@@ -100,35 +100,6 @@ def join_groups(grouped: Tensor, in_features: int) -> Tensor:
     return grouped.reshape(grouped.shape[0], -1)[:, :in_features]
 
 
-def ascending(levels: Tensor) -> Tensor:
-    """The four levels of each group in ascending order, `(..., 4)`: a sorting network of five comparators.
-
-    What `levels.sort(dim=-1).values` gives, and the gradient of a stable sort, in a fraction of its time: a sort of rows of four is
-    nearly all overhead. One difference: where a level is NaN, others of its group become NaN as well.
-    """
-    made: Tensor = _Ascending.apply(levels)  # type: ignore[no-untyped-call]
-    return made
-
-
-class _Ascending(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, levels: Tensor) -> Tensor:
-        ctx.save_for_backward(levels)
-        a, b, c, d = levels.unbind(-1)
-        low, second, third, high = torch.minimum(a, b), torch.maximum(a, b), torch.minimum(c, d), torch.maximum(c, d)
-        low, third = torch.minimum(low, third), torch.maximum(low, third)
-        second, high = torch.minimum(second, high), torch.maximum(second, high)
-        return torch.stack([low, torch.minimum(second, third), torch.maximum(second, third), high], dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (levels,) = ctx.saved_tensors
-        a, b, c, d = levels.unbind(-1)
-        ab, ac, ad, bc, bd, cd = ((x > y).to(torch.uint8) for x, y in ((a, b), (a, c), (a, d), (b, c), (b, d), (c, d)))
-        ranks = torch.stack([ab + ac + ad, 1 - ab + bc + bd, 2 - ac - bc + cd, 3 - ad - bd - cd], dim=-1)  # the place of each
-        return take_levels(grad, ranks)
-
-
 def midpoints(levels: Tensor) -> Tensor:
     """`(..., 4)` ascending levels -> `(..., 3)`: a weight above k midpoints belongs to level k."""
     return (levels[..., :-1] + levels[..., 1:]) * 0.5

@@ -68,13 +68,13 @@ def method_table(records: Iterable[Record], model: str) -> str:
     for line, figures in sorted(lines.items(), key=_order):
         values = []
         for protocol in PROTOCOLS:
-            seeds = list(figures.get(protocol, {}).values())
+            seeds = list(figures.get(protocol, {}).values())[: 1 if line[1] == "teacher" else None]  # no seed moves the teacher
             top = list(ceiling.get(protocol, {}).values())
             ratio = f" (x{statistics.fmean(seeds) / statistics.fmean(top):.2f})" if seeds and top and line[1] != "teacher" else ""
             values.append(spread(seeds) + ratio if seeds else "")
         bits = figures.get("effective_bpw", {})
         tokens = f"{line[4] / 1e6:.2f} M" if line[4] else ""
-        count = max(len(figures.get(p, {})) for p in PROTOCOLS)
+        count = 1 if line[1] == "teacher" else max(len(figures.get(p, {})) for p in PROTOCOLS)
         cells.append([line[0], line[1], line[2], line[3], tokens, f"{statistics.fmean(bits.values()):.3f}" if bits else "", *values, str(count)])
     return markdown(cells)
 

@@ -54,6 +54,28 @@ def test_language_is_second_order_and_copies():
     assert set(language.text(2, 50, 0)) <= set(ALPHABET + MARK)
 
 
+def test_windows_are_encoded_once_in_a_process(symbols, root, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tokens, "_encode_batch", lambda tokenizer, batch, real=tokens._encode_batch: calls.append(1) or real(tokenizer, batch))
+    tokens._made.cache_clear()
+    path = root / "a.txt"
+    path.write_text(Language(0).text(4, 100, 1), encoding="utf-8")
+    config = files_config("a.txt")
+    first = tokens.calibration_tokens(config, symbols)
+    first_calls = len(calls)
+    again = tokens.calibration_tokens(config, symbols)
+    assert torch.equal(first, again)
+    assert len(calls) == first_calls > 0
+    again.zero_()  # whoever changes what it was given changes nothing for others
+    assert torch.equal(tokens.calibration_tokens(config, symbols), first)
+    path.write_text(Language(0).text(4, 100, 2), encoding="utf-8")
+    assert not torch.equal(tokens.calibration_tokens(config, symbols), first)
+    assert len(calls) > first_calls
+    before, windows = len(calls), [protocols.token_windows(protocols.parse("ppl_synthetic", 128), config, symbols) for _ in range(2)]
+    assert torch.equal(*windows)
+    assert len(calls) == before + 1
+
+
 def test_calibration_is_decided_by_seed(symbols):
     config = RunConfig()
     first, again, other = (tokens.calibration_tokens(dataclasses.replace(config, seed=s), symbols) for s in (0, 0, 1))

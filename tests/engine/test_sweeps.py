@@ -15,7 +15,7 @@ from lbllm_core.engine.block_sweep import BlockJob, SweepPlan, relative_error
 from lbllm_core.engine.hidden_states import HiddenStates
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import silent
-from lbllm_core.engine.train_block import _LossWatch, block_loss, cosine
+from lbllm_core.engine.train_block import _LossWatch, _SquaredError, block_loss, cosine
 from lbllm_core.errors import NumericalError
 from lbllm_core.model.student import load_block, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
@@ -331,6 +331,22 @@ def test_small_formulas():
     b[:, 0] = 1e6  # first tokens do not count
     assert float(block_loss(a, b, 2.0)) == pytest.approx(0.5)
     assert relative_error(HiddenStates.of(a), HiddenStates.of(b)) == pytest.approx(1.0)
+
+
+def test_the_loss_of_a_gpu_is_the_loss():
+    """Its value, and its gradient at an upstream that is not one; first tokens are massive and count for nothing."""
+    torch.manual_seed(0)
+    output, target = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    target[:, 0] = 1e20
+    found = []
+    for loss in (block_loss, _SquaredError.apply):
+        mine = output.clone().requires_grad_()
+        value = loss(mine, target, 0.7)
+        (value * 0.25).backward()
+        found.append((value.detach(), mine.grad))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-8)
+    assert not bool(found[1][1][:, 0].any())
 
 
 def test_a_sweep_needs_no_target(bench, tmp_path, students):

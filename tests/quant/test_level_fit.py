@@ -12,7 +12,6 @@ from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels,
 from lbllm_core.quant.uniform import fit_affine, fit_int2, nearest_affine, round_to_nearest
 from lbllm_core.quant.weight import (
     GRID,
-    ascending,
     dequantize,
     from_real_levels,
     join_groups,
@@ -279,31 +278,3 @@ def test_int2_beats_rounding_and_loses_to_a_free_offset():
     grid = torch.linspace(0.05, 2, 400)
     brute = torch.stack([weighted_error(w, h, s * (torch.arange(4.0) - z).expand(60, 4)) for s in grid for z in range(4)]).amin(0)
     assert float((weighted_error(w, h, made) / brute).median()) < 1.02
-
-
-@settings(deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from(["free", "ties", "one", "infinite"]))
-def test_four_levels_in_order(seed, kind):
-    """A sorting network gives what a stable sort gives, and its gradient."""
-    levels = torch.randn(3, 5, 4, generator=gen(seed))
-    if kind == "ties":
-        levels = levels.round()
-    elif kind == "one":
-        levels = levels[..., :1].expand(-1, -1, 4).contiguous()
-    elif kind == "infinite":
-        levels[levels > 1] = float("inf")
-        levels[levels < -1] = -float("inf")
-    ours, theirs = levels.clone().requires_grad_(), levels.clone().requires_grad_()
-    made, expected = ascending(ours), theirs.sort(dim=-1, stable=True).values
-    assert torch.equal(made, expected)
-    upstream = torch.randn(levels.shape, generator=gen(seed + 1))
-    made.backward(upstream)
-    expected.backward(upstream)
-    assert torch.equal(ours.grad, theirs.grad)
-
-
-def test_a_level_that_is_no_number_does_not_vanish():
-    levels = torch.tensor([[float("nan"), 1.0, 3.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
-    made = ascending(levels)
-    assert bool(made[0].isnan().any())
-    assert made[1].tolist() == [1, 2, 3, 4]

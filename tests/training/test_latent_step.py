@@ -319,10 +319,13 @@ def test_two_processes_make_the_steps_of_one():
 
 @inside
 @pytest.mark.parametrize("variant", ["uniform", "piecewise"])
-@pytest.mark.parametrize("channels", [48, 64])
-def test_fused_activation_quantizer(variant, channels, monkeypatch):
+@pytest.mark.parametrize(("channels", "at_once"), [(48, 4096), (64, 4096), (72, 32)])
+def test_fused_activation_quantizer(variant, channels, at_once, monkeypatch):
+    from lbllm_kernels import triton_training
+
     from lbllm_core.quant import activation
 
+    monkeypatch.setattr(triton_training, "WIDEST", at_once)
     torch.manual_seed(3)
     x = torch.randn(2, 9, channels) * torch.exp(torch.randn(channels))
     x[0, 0] = 0.0
@@ -365,11 +368,11 @@ cases += [(t._rotated, dict(HEADS=32, HALF=64, ROUND_HEADS=32, ROUND_HALF=64), {
 cases += [(d._divergence_rows, dict(BLOCK=4096), {"mine": "*bf16", "theirs": "*bf16", "columns": "i32"})]
 cases += [(t._gate_forward, dict(BLOCK=2048), {}), (t._gate_backward, dict(BLOCK=2048), {})]
 quant = {"x": "*bf16", "to_x": "*bf16", "smallest": "fp32", "channels": "i32"}
-cases += [(k, dict(TOP=top, BLOCK=block), quant) for k in (t._fake_quantized, t._fake_quantized_backward) for top, block in ((15, 4096), (127, 16384))]
+cases += [(k, dict(TOP=top, BLOCK=block), quant) for k, widest in ((t._fake_quantized, 16384), (t._fake_quantized_backward, t.WIDEST)) for top, block in ((15, 4096), (127, widest))]
 for kernel, constants, special in cases:
     kinds = {a: "constexpr" if a in constants else (types | special).get(a, "*fp32") for a in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens", "channels")}
-    warps = 16 if constants.get("BLOCK", 0) > 4096 else 4
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens", "channels", "columns")}
+    warps = t._warps(constants["BLOCK"]) if "WIDTH" in constants or "TOP" in constants else 4  # as they are launched
     made = triton.compile(ASTSource(kernel, kinds, constants, aligned), target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
     assert len(made.asm["cubin"]) > 1000
     assert ".local" not in made.asm["ptx"], (kernel.__name__, constants)
