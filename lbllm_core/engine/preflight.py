@@ -48,6 +48,7 @@ def preflight(config: RunConfig, home: Path) -> tuple[Estimate | None, Limits]:
                 raise
     found = estimate(config, shapes, machine.rates(hardware, shapes.hidden, shapes.ffn), hardware.device.type == "cuda")
     if config.hardware.preflight == "refuse":
+        require_whole(config, found, limits)
         require_fit(found, limits)
     return found, limits
 
@@ -106,6 +107,19 @@ def verdict(found: Estimate, limits: Limits) -> Verdict:
         shares["device memory"] = found.device / limits.device
     name = max(shares, key=lambda key: shares[key])
     return name, shares[name]
+
+
+def require_whole(config: RunConfig, found: Estimate, limits: Limits) -> None:
+    """PreflightError when the model is streamed and stage 4, the one step that holds all of it, has no room: known now, not after stage 3."""
+    steps = [s for s in found.steps if s.step == "end_to_end"]
+    if config.hardware.streaming != "on" or not steps:
+        return
+    for what, needed, there in (("host memory", steps[0].host, limits.host), ("device memory", steps[0].device, limits.device)):
+        if there and needed > there:
+            raise PreflightError(
+                f"stage 4 trains the whole model at once, which needs about {gb(needed)} of {what}, and {gb(there)} are there, while every other step holds "
+                "one block at a time: leave it out with end_to_end=off (end_to_end.enabled=false)"
+            )
 
 
 def require_fit(found: Estimate, limits: Limits) -> None:
