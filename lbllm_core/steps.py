@@ -164,8 +164,18 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
 
     Metrics: bits itemised, bytes, integers compared, SQNR of the logits, and speed of packed model and teacher.
     """
+    from lbllm_core.evaluation.whole_models import measure_speed
+
+    size, checked, held, there = _pack_and_check(context)
+    release()  # the teacher is gone, and two processes of the measurement are about to load models of their own
+    sections = {"size": size, "pack": checked, "speed": measure_speed(context, held, there)}
+    return {f"{section}/{name}": float(value) for section, figures in sections.items() for name, value in figures.items()}
+
+
+def _pack_and_check(context: StepContext) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
+    """Figures of size and of the check; bytes of teacher and packed model when they are whole, and how many there may be."""
     from lbllm_core.evaluation.packed_check import check, require
-    from lbllm_core.evaluation.whole_models import measure_speed, room, write_samples
+    from lbllm_core.evaluation.whole_models import room, write_samples
     from lbllm_core.model.packed_folder import open_packed, pack_student
     from lbllm_core.model.student_block import fake_quant_block
 
@@ -192,16 +202,13 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
     report = packing.metrics()
     size = {"disk_mb": report["packed_bytes"] / 1e6, "teacher_disk_mb": report["teacher_fp32_bytes"] / 2e6, "effective_bpw": report["effective_bpw"]}
     size |= {name: value for name, value in report.items() if name.startswith(("bpw_", "bytes_"))}
-    check_figures = {"integers_compared": float(integers.compared), "integer_mismatches": float(integers.mismatches)}
-    check_figures |= {"logits_sqnr_db": min(logits.logits_sqnr_db, 999.0), "worst_linear_sqnr_db": min(logits.worst_linear_sqnr_db, 999.0)}
-    detail = {"paths": list(integers.paths), "worst_linear": logits.worst_linear, "worst_block": logits.worst_block, "size": size, "check": check_figures}
+    checked = {"integers_compared": float(integers.compared), "integer_mismatches": float(integers.mismatches)}
+    checked |= {"logits_sqnr_db": min(logits.logits_sqnr_db, 999.0), "worst_linear_sqnr_db": min(logits.worst_linear_sqnr_db, 999.0)}
+    detail = {"paths": list(integers.paths), "worst_linear": logits.worst_linear, "worst_block": logits.worst_block, "size": size, "check": checked}
     _write_json(context.folder / "packing.json", detail)
     held, there = {"teacher": float(packing.teacher_bytes), "packed": packing.loaded_bytes}, room(context, teacher)
     write_samples(context, teacher, tokenizer, held, there)
-    del teacher
-    release()  # two processes of the measurement are about to load models of their own
-    sections = {"size": size, "pack": check_figures, "speed": measure_speed(context, held, there)}
-    return {f"{section}/{name}": float(value) for section, figures in sections.items() for name, value in figures.items()}
+    return size, checked, held, there
 
 
 def evaluate_model(context: StepContext) -> Metrics:

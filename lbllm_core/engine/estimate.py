@@ -44,7 +44,7 @@ from lbllm_core.engine import estimate_large
 from lbllm_core.engine.machine import Rates
 from lbllm_core.engine.needs import NUMBER_BYTES, PASS_TOKENS, SHARD, Work, forward, level_bytes, site_sides, streams
 from lbllm_core.model.inspect import Shapes
-from lbllm_core.pipeline import SWEEPS, PlannedStep, plan
+from lbllm_core.pipeline import PlannedStep, plan
 from lbllm_core.quant.bits import linear_bits
 
 PROCESS_BYTES = 1_300_000_000  # Python, torch and transformers in the run's process, Prefect's server beside it

@@ -29,7 +29,6 @@ from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.tiers import open_teacher, store_plan
 from lbllm_core.model.blocks import Decoder
 
-
 WAVE_TOKENS = 1 << 20  # 34 GB of states at 8192 channels
 
 

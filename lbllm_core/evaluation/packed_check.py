@@ -17,7 +17,8 @@ equal inputs, and fake-quantized running free.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,8 @@ def check(packed: Decoder, ids: Tensor, teacher: Decoder | None = None, fake_blo
     for index in range(len(packed.blocks)):
         fake = None if fake_block is None else fake_block(index)
         block = packed.blocks[index]
-        ours = _watched(block, f"{LAYERS}.{index}", fake, integers, meaning, lambda block=block, h=hidden, i=index: packed.run_block(block, h, around, i))
+        with _watching(block, f"{LAYERS}.{index}", fake, integers, meaning):
+            ours = packed.run_block(block, hidden, around, index)
         if teacher is not None and fake is not None:
             theirs = teacher.run_block(fake, hidden, around, index)
             meaning.block = min(meaning.block, (sqnr_db(theirs - hidden, ours - hidden), f"{LAYERS}.{index}"))
@@ -116,8 +118,9 @@ def check(packed: Decoder, ids: Tensor, teacher: Decoder | None = None, fake_blo
     return integers.found(), meaning.found(sqnr_db(teacher.logits(theirs), logits), sqnr_db(teacher.logits(free), logits))
 
 
-def _watched(block: nn.Module, name: str, fake: nn.Module | None, integers: _Integers, meaning: _Meaning, run: Callable[[], Tensor]) -> Tensor:
-    """`run()`, with every packed linear of the block compared on the input that it sees."""
+@contextmanager
+def _watching(block: nn.Module, name: str, fake: nn.Module | None, integers: _Integers, meaning: _Meaning) -> Iterator[None]:
+    """Compare every packed linear that runs inside, on the input that it sees."""
 
     def hook(path: str) -> Any:
         def see(linear: PackedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -129,7 +132,7 @@ def _watched(block: nn.Module, name: str, fake: nn.Module | None, integers: _Int
 
     handles = [linear.register_forward_hook(hook(path)) for path, linear in packed_linears(block)]
     try:
-        return run()
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -61,7 +61,7 @@ def check_header(where: str, wanted: Header, found: Header) -> None:
 def content(tensor: Tensor) -> memoryview:
     """A tensor's bytes, in row order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def checksum(tensor: Tensor) -> int:

@@ -11,8 +11,8 @@ from lbllm_kernels import cpu, dispatch
 
 from lbllm_core.errors import GateError, LbllmError
 from lbllm_core.evaluation import packed_check, speed
-from lbllm_core.model.packed import packed_linears
 from lbllm_core.model.blocks import Decoder
+from lbllm_core.model.packed import packed_linears
 from lbllm_core.model.packed_folder import PackedDecoder, load_packed, open_packed, pack_student
 from lbllm_core.model.student_block import fake_quant_block, fake_quant_model
 

@@ -208,7 +208,7 @@ def test_what_lies_outside_of_the_blocks(tmp_path, tied):
     for _ in range(2):  # before and after it was used
         ours, theirs = list(streamed.outside()), list(whole.outside())
         assert sorted((name, large) for name, _, large in ours) == sorted((name, large) for name, _, large in theirs)
-        assert all(torch.equal(tensor, dict((n, t) for n, t, _ in theirs)[name]) for name, tensor, _ in ours)
+        assert all(torch.equal(tensor, {n: t for n, t, _ in theirs}[name]) for name, tensor, _ in ours)
         ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
         assert torch.equal(streamed.forward(ids), model(ids, use_cache=False).logits)
         streamed.embedded()
