@@ -219,7 +219,7 @@ class HardwareConfig:
     compute_dtype: str = choice("auto", "fp32", "bf16", help="matrix products of training; auto: bf16 on a GPU or a CPU with bf16 matrix units, else fp32")
     threads: int = number(0, 0, 1024, help="CPU threads (0: as torch chooses)")
     gpus: int = number(1, 1, 64, help="processes that share the sequences of stages 1 to 3, each with a GPU (on a CPU: each with a share of it)")
-    streaming: str = choice("auto", "on", "off", help="stages 1 to 3 read the teacher from disk one block at a time, so that no model is whole in memory; auto: on a GPU whose memory the teacher in float32 would half fill")
+    streaming: str = choice("auto", "on", "off", help="every step but stage 4 reads teacher and packed model from disk one block at a time, so that no model is whole in memory; auto: on a GPU whose memory the teacher in float32 (to evaluate a packed model: that one) would half fill")
     hidden_tier: str = choice("auto", "device", "host", "disk", help="where hidden states lie; auto: the first that has room for both streams")
     hidden_dtype: str = choice("fp32", "bf16", "fp8", help="how hidden states are kept between blocks (fp8: e4m3 with a scale a token); bf16 and fp8 change results a little, and so the steps' keys")
     preflight: str = choice("refuse", "warn", "off", help="when the estimate before a run says that it cannot fit: refuse it, only say so, or make no estimate")
