@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,19 @@ def calibration_tokens(config: RunConfig, tokenizer: Any, home: Path | None = No
         return _self_generated(config, home)
     bos = bos_of(config.model, tokenizer)
     facts = ("calibration", data, data_digest(data), config.seed, tiny_seed(config.model) if config.model.source == "synthetic" else "", bos)
-    return remembered(tokenizer, facts, lambda: _cut_text(config, tokenizer, bos))
+    ids = remembered(tokenizer, facts, lambda: _cut_text(config, tokenizer, bos))
+    return torch.cat([ids, _self_generated(config, home)]) if data.generated else ids
 
 
 def _cut_text(config: RunConfig, tokenizer: Any, bos: int | None) -> Tensor:
-    data = config.dataset
+    data = replace(config.dataset, sequences=config.dataset.sequences - config.dataset.generated)
+    config = replace(config, dataset=data)
     wanted = data.sequences * (data.seq_len - (bos is not None))
     ids = _synthetic_ids(config, tokenizer, wanted) if data.source == "synthetic" else _document_ids(config, tokenizer, wanted)
     if len(ids) < wanted:
         raise DataError(
             f"dataset {data.name} gives {len(ids)} tokens, {wanted} are needed ({data.sequences} sequences of {data.seq_len}); "
-            "add files or lower dataset.sequences or dataset.seq_len"
+            "add files, lower dataset.sequences or dataset.seq_len, or let the teacher write the rest (dataset.generated)"
         )
     return cut(ids[:wanted], data.seq_len, bos)
 
@@ -130,7 +132,7 @@ def _self_generated(config: RunConfig, home: Path | None) -> Tensor:
     from lbllm_core.data.self_generated import generated_tokens  # imported late: it reads tokens of this module
 
     if home is None:
-        raise DataError("dataset.source=self_generated is kept in a home folder; call calibration_tokens with one")
+        raise DataError("self-generated text is kept in a home folder; call calibration_tokens with one")
     return generated_tokens(config, home)
 
 
