@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test generate export up down status config lint kernels tables clean
-.PHONY: sweep sweep-status sweep-retry compare screenshots test-browser bench-desk
+.PHONY: sweep sweep-status sweep-retry worker compare screenshots test-browser bench-desk
 export PROMPT ONLY
 # two processes, each with the tests of whole files: a file's tests share what they built
 AT_ONCE := -n 2 --dist loadfile
@@ -45,14 +45,17 @@ run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... s
 config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for machines that run `python -m lbllm_core.run --config`
 	@$(PY) -m flows.launch config $(ARGS)
 
-sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name QUESTION="..." ARGS='section.field=value'
-	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --question "$$QUESTION" --overrides $(ARGS)
+sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name QUESTION="..." ARGS='section.field=value'; POOL=lbllm: by workers
+	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --question "$$QUESTION" --pool "$$POOL" --overrides $(ARGS)
 
 sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last one
 	@$(PY) -m flows.sweep status --sweep "$$SWEEP"
 
 sweep-retry: kernels ## the same sweep again, what failed or was stopped: SWEEP=name, without it the last one
-	@$(PY) -m flows.sweep retry --sweep "$$SWEEP"
+	@$(PY) -m flows.sweep retry --sweep "$$SWEEP" --pool "$$POOL"
+
+worker: kernels ## take cells of sweeps from a work pool, one at a time, until stopped; on any number of machines (docs/howto.md): POOL=lbllm
+	@$(PY) -m flows.worker --pool "$(or $(POOL),lbllm)"
 
 compare: $(STAMP) ## a report of the runs side by side (HTML, Markdown, pictures): SWEEP=name, without it all of them
 	@$(PY) -m flows.compare "$$SWEEP"
