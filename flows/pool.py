@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import time
 import urllib.error
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from flows.servers import HOST, flow_environment
 from lbllm_core.errors import LbllmError
 
 ENTRY = "flows.full_pipeline.lbllm"
+CONFLICT = 409  # HTTP's code for what is there already
 PAGE = 200  # as many runs as the server gives at once
 TAKEN_SECONDS = 120.0  # a run that was taken by nobody knows whom has that long to begin
 
 
 class PoolError(LbllmError):
-    """The server does not take the pool, its deployment or a run."""
+    """The server does not answer, or does not take what is asked of it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class PoolRun:
 
 @dataclass(frozen=True)
 class Pool:
-    """A work pool of the server at `api`, and the deployment whose runs go into it."""
+    """A work pool of the server at `api`, and the deployment whose runs go into it. Everything raises PoolError."""
 
     api: str
     name: str
@@ -61,32 +64,34 @@ class Pool:
     def send(self, title: str, overrides: Sequence[str], sweep: str) -> str:
         """Make a run, to be taken by the next free worker; returns its id."""
         body = {"name": title, "parameters": {"overrides": list(overrides)}, "tags": [sweep]}
-        return str(post(f"{self.api}/deployments/{self.deployment}/create_flow_run", body)["id"])
+        return str(_ask(f"{self.api}/deployments/{self.deployment}/create_flow_run", body)["id"])
 
     def unfinished(self, sweep: str) -> dict[tuple[str, ...], str]:
         """The runs of a sweep that an earlier sender left in the pool, by their overrides."""
         wanted = {"tags": {"all_": [sweep]}, "deployment_id": {"any_": [self.deployment]}, "state": {"type": {"any_": OPEN_STATES}}}
-        found = post(f"{self.api}/flow_runs/filter", {"flow_runs": wanted, "limit": PAGE})
+        found = _ask(f"{self.api}/flow_runs/filter", {"flow_runs": wanted, "limit": PAGE})
         return {tuple((run.get("parameters") or {}).get("overrides") or ()): str(run["id"]) for run in found}
 
     def look(self, runs: Sequence[str]) -> dict[str, PoolRun]:
         """How runs are, by id; one that somebody deleted is missing."""
         found: list[dict[str, Any]] = []
         for start in range(0, len(runs), PAGE):
-            found += post(f"{self.api}/flow_runs/filter", {"flow_runs": {"id": {"any_": list(runs[start : start + PAGE])}}, "limit": PAGE})
+            found += _ask(f"{self.api}/flow_runs/filter", {"flow_runs": {"id": {"any_": list(runs[start : start + PAGE])}}, "limit": PAGE})
         return {run["id"]: _pool_run(run) for run in found}
 
     def online(self) -> set[str]:
         """The names of the workers that the server has heard of within their last three heartbeats."""
-        return {str(worker["name"]) for worker in post(f"{self.api}/work_pools/{self.name}/workers/filter", {}) if worker["status"] == "ONLINE"}
+        return {str(worker["name"]) for worker in _ask(f"{self.api}/work_pools/{self.name}/workers/filter", {}) if worker["status"] == "ONLINE"}
 
     def lose(self, run: str) -> None:
         """Mark a run whose worker is gone."""
-        set_state(self.api, run, "CRASHED", "its worker was lost before it began")
+        with _told():
+            set_state(self.api, run, "CRASHED", "its worker was lost before it began")
 
     def take_back(self, run: str) -> None:
         """Take a run that has not begun out of the pool."""
-        set_state(self.api, run, "CANCELLED", "taken back by its sender")
+        with _told():
+            set_state(self.api, run, "CANCELLED", "taken back by its sender")
 
     def page(self, run: str) -> str:
         """Where Prefect shows a run."""
@@ -96,19 +101,35 @@ class Pool:
 def open_pool(home: Path, port: int, name: str) -> Pool:
     """The pool on the server at this port, made when it is not there, with its deployment as this home needs it. PoolError when refused."""
     api = f"http://{HOST}:{port}/api"
-    try:
+    with _told():
         try:
             post(f"{api}/work_pools/", {"name": name, "type": "process"})
         except urllib.error.HTTPError as error:
-            if error.code != 409:  # it is there
+            if error.code != CONFLICT:
                 raise
-        flow = post(f"{api}/flows/", {"name": "lbllm"})["id"]
-        facts = {"name": name, "flow_id": flow, "entrypoint": ENTRY, "work_pool_name": name, "enforce_parameter_schema": False}
-        made = post(f"{api}/deployments/", facts | {"job_variables": {"env": flow_environment(home)}, "description": "a cell of a sweep, for the workers of this pool"})
+    facts = {"name": name, "flow_id": _ask(f"{api}/flows/", {"name": "lbllm"})["id"], "entrypoint": ENTRY, "work_pool_name": name, "enforce_parameter_schema": False}
+    told = {"description": "a cell of a sweep, for the workers of this pool", "job_variables": {"env": flow_environment(home)}}
+    return Pool(api, name, str(_ask(f"{api}/deployments/", facts | told)["id"]))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Trouble with the server as a PoolError."""
+    try:
+        yield
     except urllib.error.HTTPError as error:
-        told = error.read().decode("utf-8", "replace")[:300]
-        raise PoolError(f"Prefect's server refuses the work pool {name!r} ({error.code}: {told}); choose another name: POOL=lbllm") from error
-    return Pool(api, name, str(made["id"]))
+        raise PoolError(f"Prefect's server refuses {error.url} ({_words(error)})") from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise PoolError(f"Prefect's server does not answer ({error})") from error
+
+
+def _ask(url: str, body: Any) -> Any:
+    with _told():
+        return post(url, body)
+
+
+def _words(error: urllib.error.HTTPError) -> str:
+    return f"{error.code}: {error.read().decode('utf-8', 'replace')[:300]}"
 
 
 def _pool_run(run: dict[str, Any]) -> PoolRun:

@@ -10,7 +10,6 @@ A cell that loses its worker ATTEMPTS times is likely the reason itself (too muc
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,14 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 from flows.cells import Cell
-from flows.pool import Pool, PoolRun
+from flows.pool import Pool, PoolError, PoolRun
 from lbllm_core.engine.terminal import duration
 from tasks.tracking import close_rows
 
 ATTEMPTS = 3
 LOOK_SECONDS = 2.0
 ROWS_SECONDS = 30.0  # between looks at rows in MLflow whose process was lost
-log = logging.getLogger(__name__)
 
 
 class Note(Protocol):
@@ -83,19 +81,17 @@ class PoolSweep:
     def _look(self) -> None:
         try:
             runs, online = self.pool.look([s.run for s in self.sent.values()]), self.pool.online()
-        except (OSError, ValueError) as error:
-            self._say(f"Prefect's server does not answer ({error}); the workers go on, `make up` brings it back")
-            return
-        now = time.time()
-        for index, sent in list(self.sent.items()):
-            run = runs.get(sent.run, PoolRun(sent.run, "CANCELLED", "its run was deleted in Prefect"))
-            if run.lost(online, now):
-                with suppress(OSError, ValueError):
+            now = time.time()
+            for index, sent in list(self.sent.items()):
+                run = runs.get(sent.run, PoolRun(sent.run, "CANCELLED", "its run was deleted in Prefect"))
+                if run.lost(online, now):
                     self.pool.lose(sent.run)
-            elif run.state != sent.state:
-                self._changed(index, sent, run)
-        states = {sent.state for sent in self.sent.values()}
-        if states <= {"SCHEDULED"} and self.sent and not online:
+                elif run.state != sent.state:
+                    self._changed(index, sent, run)
+        except PoolError as error:
+            self._say(f"{error}; the workers go on, `make up` brings it back")
+            return
+        if self.sent and not online and all(sent.state == "SCHEDULED" for sent in self.sent.values()):
             self._say(f"no worker of the pool {self.pool.name} is online; `make worker` starts one, on any machine that shares {self.home}")
         else:
             self._said = ""
@@ -103,8 +99,7 @@ class PoolSweep:
             self._close_rows()
 
     def _changed(self, index: int, sent: _Sent, run: PoolRun) -> None:
-        sent.state, title = run.state, sent.cell.title
-        worker = run.worker or "a worker"
+        title, worker = sent.cell.title, run.worker or "a worker"
         if run.state == "RUNNING":
             self.note(index, state="running")
             self.show(f"{title} runs on {worker}")
@@ -115,9 +110,9 @@ class PoolSweep:
             if not (self.home / "results" / sent.cell.digest[:16] / "result.json").exists():
                 self.show(f"{title}: its result is not in {self.home}; the workers do not share this folder")
         elif run.state == "CRASHED" and sent.losses + 1 < ATTEMPTS:
-            sent.losses, sent.state, self.lost = sent.losses + 1, "SCHEDULED", True
-            sent.run = self.pool.send(title, sent.cell.overrides, self.name)
-            self.note(index, state="planned", reason="", log=self.pool.page(sent.run))
+            again = _Sent(sent.cell, self.pool.send(title, sent.cell.overrides, self.name), losses=sent.losses + 1)
+            self.sent[index], self.lost = again, True
+            self.note(index, state="planned", reason="", log=self.pool.page(again.run))
             self.show(f"{title} was lost with {worker} ({run.message}); sent again, it goes on from its last finished block")
             self._close_rows()
         elif run.state in ("CRASHED", "FAILED", "CANCELLED"):
@@ -126,6 +121,7 @@ class PoolSweep:
             reason = f"lost with its worker {ATTEMPTS} times, the last time: {run.message}" if run.state == "CRASHED" else run.message or run.state.lower()
             self.note(index, state="failed", reason=reason, minutes=run.seconds / 60)
             self.show(f"{title} failed on {worker}: {reason}")
+        sent.state = run.state
 
     def _close_rows(self) -> None:
         self._looked = time.monotonic()
@@ -134,7 +130,7 @@ class PoolSweep:
     def _take_back(self) -> None:
         """The sender is interrupted: what has not begun does not begin, what runs goes on."""
         for index, sent in self.sent.items():
-            with suppress(OSError, ValueError):
+            with suppress(PoolError):
                 now = self.pool.look([sent.run]).get(sent.run)
                 if now is not None and now.state == "SCHEDULED":
                     self.pool.take_back(sent.run)

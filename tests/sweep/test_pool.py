@@ -14,7 +14,7 @@ import pytest
 
 from flows import pool_sweep, worker
 from flows.cells import Cell, Request, cells
-from flows.pool import TAKEN_SECONDS, PoolRun, _pool_run
+from flows.pool import TAKEN_SECONDS, PoolError, PoolRun, _pool_run
 from flows.pool_sweep import ATTEMPTS, PoolSweep
 from flows.servers import up_lock
 
@@ -191,7 +191,7 @@ def test_a_server_that_does_not_answer_is_waited_for(tmp_path: Path, monkeypatch
     server = Server(seen("RUNNING", "COMPLETED"))
     it = Sweep(server, 1, tmp_path, monkeypatch)
     answers = server.look
-    failures = iter([ConnectionRefusedError("refused"), ConnectionRefusedError("refused")])
+    failures = iter([PoolError("Prefect's server does not answer (refused)")] * 2)
 
     def look(runs: list[str]) -> dict[str, PoolRun]:
         error = next(failures, None)
