@@ -106,7 +106,7 @@ def _create(server: Postgres, databases: tuple[str, ...], process: subprocess.Po
 def _programs() -> Path:
     """The folder with `initdb` and `postgres`; distributions keep them out of the path."""
     found = shutil.which("initdb")
-    places = [Path(found).parent] if found else []
+    places = [Path(found).resolve().parent] if found else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     for place in places:
         if (place / "initdb").exists() and (place / "postgres").exists():
