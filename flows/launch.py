@@ -98,6 +98,7 @@ def up(home: Path) -> int:
     """Prefect's server, MLflow's page and the served deployment; what already runs is left as it is."""
     with servers.one_at_a_time(home):
         wanted = servers.prefect_port()
+        servers.store_uri(home)  # one that cannot be is refused before anything is started
         machine = servers.elsewhere(home)
         if machine:
             raise servers.ServerError(f"{machine} runs the servers of this home; `make worker` takes work from them, or `make down` there first")

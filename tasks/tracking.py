@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -47,7 +48,7 @@ RETRY_SECONDS = 60.0  # between attempts while the store is down
 BUSY_SECONDS = 3.0
 STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
 SQLITE = "sqlite:///"
-DATABASES = (SQLITE, "postgresql", "mysql")
+DATABASES = (SQLITE, "postgresql+psycopg2://")  # the driver by its name: which one stands behind postgresql:// changes with SQLAlchemy's version
 ROW_SECONDS = 2.0  # a row is never locked for longer, except by the run that owns it
 NOTE, OURS = "mlflow.note.content", "lbllm.description"  # what MLflow shows as the description, and what we wrote there
 SHOWN_PARAMS = ("model.name", "experiment", "scheme.name", "seed")
@@ -70,7 +71,9 @@ def store_uri(home: Path) -> str:
     """
     named = os.environ.get(STORE_VARIABLE, "")
     if named and not named.startswith(DATABASES):
-        raise ConfigError([f"{STORE_VARIABLE} begins with none of {', '.join(DATABASES)}; give a database's address (postgresql://user@host/name), or unset it"])
+        raise ConfigError([f"{STORE_VARIABLE} begins with none of {', '.join(DATABASES)}; give a database's address (postgresql+psycopg2://user@host/name), or unset it"])
+    if named.startswith("postgresql") and importlib.util.find_spec("psycopg2") is None:
+        raise ConfigError([f"{STORE_VARIABLE} names a Postgres, whose driver is not installed: python -m pip install -c constraints.txt -e '.[postgres]'"])
     return named or f"{SQLITE}{home / 'mlflow.db'}"
 
 

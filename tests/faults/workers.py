@@ -33,9 +33,9 @@ def trials(bench: Bench) -> Iterator[Trial]:
         assert code == 0, quiet.output
         home = bench.home.parent / "shared home"
         shared = Bench(home, bench.home / "models")
-        with _variables(PREFECT_API_DATABASE_CONNECTION_URL=server.url("prefect", "+asyncpg"), MLFLOW_BACKEND_STORE_URI=server.url("mlflow")):
-            shared.up()
+        with _variables(PREFECT_API_DATABASE_CONNECTION_URL=server.url("prefect", "+asyncpg"), MLFLOW_BACKEND_STORE_URI=server.url("mlflow", "+psycopg2")):
             try:
+                shared.up()
                 yield _worker_killed(shared, bench, server)
                 yield _sender_killed(shared, bench, server)
             finally:

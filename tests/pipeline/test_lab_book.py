@@ -95,15 +95,16 @@ def test_a_store_that_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.M
     a_run(home, RunConfig())
     assert elsewhere.exists()
     assert not (home / "mlflow.db").exists()
-    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "http://user:secret@127.0.0.1:1")
-    with pytest.raises(ConfigError, match="give a database's address") as refused:
-        a_run(home, RunConfig())
-    assert "secret" not in str(refused.value)
+    for address in ("http://user:secret@127.0.0.1:1", "postgresql://user:secret@127.0.0.1:1/book"):
+        monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", address)
+        with pytest.raises(ConfigError, match="give a database's address") as refused:
+            a_run(home, RunConfig())
+        assert "secret" not in str(refused.value)
 
 
 def test_a_database_that_does_not_answer_is_given_up_within_seconds(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("psycopg2", reason="psycopg2 is not installed: pip install -e '.[postgres]'")
-    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://lbllm:secret@127.0.0.1:1/none")
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql+psycopg2://lbllm:secret@127.0.0.1:1/none")
     with caplog.at_level(logging.WARNING):
         assert a_run(home, RunConfig()) == ""
     assert "the run goes on" in caplog.text
