@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"{socket.gethostname()}-{os.getpid()}"
     print(f"worker {name} takes cells from the pool {chosen.pool} into {home}; Ctrl-C stops it", flush=True)
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", chosen.pool, "--type", "process", "--limit", "1", "--name", name]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script ignores it for what it starts in the background; Prefect stops a worker with it
     os.execve(sys.executable, command, os.environ | servers.environment(home, port))
 
 

@@ -128,12 +128,11 @@ def _wait_for_half_a_step(worker: Program, sweep: Program) -> Path | None:
 
 
 def _stop(trial: Trial, *workers: Program) -> None:
-    """Stop the workers that live as a service manager would; nothing of theirs may be left."""
+    """Stop the workers that live as a service manager would: they end by themselves, and nothing of theirs is left."""
     for worker in workers:
         everything = _all_of(worker)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(worker.process.pid).terminate()
-        worker.wait(60)
+        worker.process.terminate()
+        trial.expect(worker.wait(60) != 999, "a worker did not stop within a minute")
         left = [p for p in everything if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         trial.expect(not left, f"{len(left)} processes of a worker are left")
         kill(left)
