@@ -7,8 +7,7 @@ would else find out late: whether the server of `make up` answers, here or throu
 folder reach this machine. The process that serves the deployments holds `servers/up.lock` in the home; a worker that could
 take that lock would not wait for others at the lock of a step either, and two machines could build it at once.
 
-A cell is a process of its own. It ends by itself when only its worker is killed; when both are gone, its run is sent again
-(`flows/pool_sweep.py`).
+A cell is a process of its own, which ends with its worker; its run is then sent again (`flows/pool_sweep.py`).
 """
 
 from __future__ import annotations
