@@ -75,8 +75,9 @@ class DatasetConfig:
     column: str = text("text", help="field that holds the text in .jsonl and .parquet")
     sequences: int = number(64, 1, 1 << 24, help="number of training sequences")
     seq_len: int = number(128, 8, 1 << 17, help="tokens a sequence")
-    temperature: float = number(1.0, 0.01, 10.0, help="of the sampling (self_generated only)")
-    min_distinct: float = number(0.5, 0.0, 1.0, help="least share of distinct 4-grams in a sequence and of distinct sequences; less is refused as degenerate (self_generated only)")
+    generated: int = number(0, 0, 1 << 24, help="how many of the sequences the teacher writes itself, behind the text of the source (self_generated: all of them)")
+    temperature: float = number(1.0, 0.01, 10.0, help="of the sampling (self-generated text only)")
+    min_distinct: float = number(0.5, 0.0, 1.0, help="least share of distinct 4-grams in a sequence and of distinct sequences; less is refused as degenerate (self-generated text only)")
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class HardwareConfig:
     compute_dtype: str = choice("auto", "fp32", "bf16", help="matrix products of training; auto: bf16 on a GPU or a CPU with bf16 matrix units, else fp32")
     threads: int = number(0, 0, 1024, help="CPU threads (0: as torch chooses)")
     gpus: int = number(1, 1, 64, help="processes that share the sequences of stages 1 to 3, each with a GPU (on a CPU: each with a share of it)")
-    streaming: str = choice("auto", "on", "off", help="stages 1 to 3 read the teacher from disk one block at a time, so that no model is whole in memory; auto: on a GPU whose memory the teacher in float32 would half fill")
+    streaming: str = choice("auto", "on", "off", help="every step but stage 4 reads teacher and packed model from disk one block at a time, so that no model is whole in memory; auto: on a GPU whose memory the teacher in float32 (to evaluate a packed model: that one) would half fill")
     hidden_tier: str = choice("auto", "device", "host", "disk", help="where hidden states lie; auto: the first that has room for both streams")
     hidden_dtype: str = choice("fp32", "bf16", "fp8", help="how hidden states are kept between blocks (fp8: e4m3 with a scale a token); bf16 and fp8 change results a little, and so the steps' keys")
     preflight: str = choice("refuse", "warn", "off", help="when the estimate before a run says that it cannot fit: refuse it, only say so, or make no estimate")
@@ -378,6 +379,8 @@ def _source_problems(c: RunConfig) -> list[str]:
         found.append(f"model.file={m.file!r}: only .gguf files are read this way; leave it empty for a folder with *.safetensors")
     if m.sha256 and not re.fullmatch(r"[0-9a-f]{64}", m.sha256):
         found.append("model.sha256 must be 64 hexadecimal digits in lower case")
+    if d.generated >= d.sequences:
+        found.append(f"dataset.generated={d.generated} leaves none of dataset.sequences={d.sequences} for the text of dataset.source={d.source}; lower it, or choose dataset=self_generated")
     if d.source == "files" and not d.files:
         found.append("dataset.files is empty; dataset.source=files needs at least one path")
     return found

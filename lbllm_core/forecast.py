@@ -129,12 +129,18 @@ class Forecaster:
 
     def _facts_without_sampling(self, spec: StepSpec, config: RunConfig, weights: str) -> dict[str, str]:
         """`facts`, where text that the teacher has yet to write is a word: a plan must not make it write."""
-        from lbllm_core.data.self_generated import is_written
+        from lbllm_core.data.self_generated import is_written, wanted
 
-        if config.dataset.source != "self_generated" or is_written(config, self.home):
+        if not wanted(config.dataset) or is_written(config, self.home):
             return facts(spec, config, self.home, weights)
-        other = replace(config, dataset=replace(config.dataset, source="synthetic"))
-        return facts(spec, other, self.home, weights) | {"calibration text": "not written yet"}
+        d = config.dataset
+        other = replace(config, dataset=replace(d, generated=0, source="synthetic" if d.source == "self_generated" else d.source))
+        found = facts(spec, other, self.home, weights)
+        if "calibration text" not in found:
+            return found
+        if d.source == "self_generated":
+            del found["calibration text"]
+        return found | {"self-generated text": "not written yet"}
 
     def _code_of(self, spec: StepSpec) -> dict[str, str]:
         if spec.name not in self._code:

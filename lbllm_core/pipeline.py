@@ -28,7 +28,7 @@ from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import GateError
 
 _MODEL = tuple(f"model.{name}" for name in ("source", "path", "file", "sha256", "context", "add_bos", "blocks"))
-_DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len", "temperature")))
+_DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len", "generated", "temperature")))
 _WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size", "outlier_channels", "snap_levels"))
 _ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "act_group_size", "kv_bits"))
 _MEASURED = tuple(f"evaluation.{name}" for name in ("protocols", "tasks", "task_limit", "batch_tokens"))
@@ -165,7 +165,7 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
 
     `weights`: the teacher's digest when the caller has it already (seven billion parameters take half a minute to read).
     """
-    from lbllm_core.data.self_generated import generated_digest
+    from lbllm_core.data.self_generated import generated_digest, wanted
     from lbllm_core.data.tokens import data_digest, evaluation_digest
     from lbllm_core.engine.hardware import resolve
     from lbllm_core.evaluation.request_file import located
@@ -178,7 +178,10 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
     if spec.name in SWEEPS and config.hardware.gpus > 1:
         found["gpus"] = str(config.hardware.gpus)
     if any(name.startswith("dataset.") for name in spec.fields):
-        found["calibration text"] = generated_digest(config, home) if config.dataset.source == "self_generated" else data_digest(config.dataset)
+        if config.dataset.source != "self_generated":
+            found["calibration text"] = data_digest(config.dataset)
+        if wanted(config.dataset):
+            found["self-generated text"] = generated_digest(config, home)
     if "evaluation.protocols" in spec.fields:
         found["evaluation data"] = evaluation_digest(config)
     if "evaluation.requests" in spec.fields:

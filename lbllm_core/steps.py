@@ -18,13 +18,14 @@ goes on from its ledger.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lbllm_kernels.activation import ActFactors
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbllm_core.config import RunConfig, config_to_dict
 from lbllm_core.engine.block_sweep import SweepPlan, Work, sweep
@@ -32,15 +33,19 @@ from lbllm_core.engine.files import write_atomic
 from lbllm_core.engine.hardware import Hardware, resolve
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.memory import release
+from lbllm_core.engine.progress import Progress
 from lbllm_core.engine.ranks import ALONE, Ranks
 from lbllm_core.engine.step import Metrics, StepContext
-from lbllm_core.model.blocks import SITES, Decoder
+from lbllm_core.engine.tiers import open_teacher
+from lbllm_core.model.blocks import SITES
 from lbllm_core.model.card import Origin
 from lbllm_core.model.student import BlockState, block_file, load_block, state_tensors
 
+if TYPE_CHECKING:
+    from lbllm_core.evaluation.last_states import Model
+
 STUDENT_SCHEMA = 1
 SCORES = "scores.safetensors"
-PROMPT_TOKENS = 24  # of a sample text
 
 
 class _Bench:
@@ -49,17 +54,9 @@ class _Bench:
     def __init__(self, config: RunConfig, home: Path, sequences: int, sweep: bool = True, ranks: Ranks = ALONE):
         """sweep: the stage goes block by block, so the teacher may be streamed."""
         from lbllm_core.data.tokens import calibration_tokens
-        from lbllm_core.engine.tiers import choose_streaming
-        from lbllm_core.model.load import load_teacher
-        from lbllm_core.model.streamed import load_streamed
 
         self.hardware: Hardware = resolve(config.hardware, ranks)
-        self.decoder: Decoder
-        if sweep and choose_streaming(config, self.hardware, home):
-            self.decoder, self.tokenizer = load_streamed(config.model, home, self.hardware.device)
-        else:
-            teacher = load_teacher(config.model, home)
-            self.decoder, self.tokenizer = Decoder(teacher.model.to(self.hardware.device).requires_grad_(False)), teacher.tokenizer
+        self.decoder, self.tokenizer = open_teacher(config, home, self.hardware, whole=not sweep)
         self.ids: Tensor = calibration_tokens(config, self.tokenizer, home)[:sequences].to(self.hardware.device)
 
 
@@ -157,10 +154,9 @@ def end_to_end(context: StepContext) -> Metrics:
 
 def evaluate_teacher(context: StepContext) -> Metrics:
     """The protocols and tasks of the config on the teacher in float32; its gate is checked by the pipeline."""
-    from lbllm_core.model.load import load_teacher
+    from lbllm_core.evaluation.last_states import teacher_of
 
-    teacher = load_teacher(context.config.model, context.home)
-    return _measure(context, teacher.model.to(resolve(context.config.hardware).device), teacher.tokenizer)
+    return _measure(context, *teacher_of(context.config, context.home))
 
 
 def pack_and_benchmark(context: StepContext) -> Metrics:
@@ -168,55 +164,60 @@ def pack_and_benchmark(context: StepContext) -> Metrics:
 
     Metrics: bits itemised, bytes, integers compared, SQNR of the logits, and speed of packed model and teacher.
     """
-    from lbllm_core.evaluation.packed_check import check_integers, check_logits, require
-    from lbllm_core.evaluation.samples import sample_texts
-    from lbllm_core.evaluation.speed import measure_packed, measure_teacher
-    from lbllm_core.model.load import load_teacher
-    from lbllm_core.model.packed_folder import load_packed, pack_student
-    from lbllm_core.model.student_block import fake_quant_model
+    from lbllm_core.evaluation.whole_models import measure_speed
 
-    c = context.config
-    teacher = load_teacher(c.model, context.home)
-    student, variant = context.inputs["student"], activation_format(c)
-    count = len(Decoder(teacher.model).blocks)
-    folder = context.folder / "packed"
-    blocks = (load_block(student, i, *variant) for i in range(count))
-    packing = pack_student(teacher.model, blocks, folder, c.scheme, teacher.tokenizer, _origin(c, student))
-    device = resolve(c.hardware).device
-    packed, on_device = load_packed(folder, device), teacher.model.to(device)
-    ids = _check_ids(c, teacher.tokenizer, context.home).to(device)
-    integers = check_integers(packed, ids)
-    fake = fake_quant_model(on_device, [_with_sites(load_block(student, i, *variant), variant[0]) for i in range(count)], c.scheme.kv_bits)
-    logits = check_logits(packed, fake, ids)
+    size, checked, held, there = _pack_and_check(context)
+    release()  # the teacher is gone, and two processes of the measurement are about to load models of their own
+    sections = {"size": size, "pack": checked, "speed": measure_speed(context, held, there)}
+    return {f"{section}/{name}": float(value) for section, figures in sections.items() for name, value in figures.items()}
+
+
+def _pack_and_check(context: StepContext) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
+    """Figures of size and of the check; bytes of teacher and packed model when they are whole, and how many there may be."""
+    from lbllm_core.evaluation.packed_check import check, require
+    from lbllm_core.evaluation.whole_models import room, write_samples
+    from lbllm_core.model.packed_folder import open_packed, pack_student
+    from lbllm_core.model.student_block import fake_quant_block
+
+    c, hardware, folder = context.config, resolve(context.config.hardware), context.folder / "packed"
+    teacher, tokenizer = open_teacher(c, context.home, hardware)
+    student, (variant, act_group) = context.inputs["student"], activation_format(c)
+
+    count, asked = len(teacher.blocks), itertools.count()
+
+    def state(index: int) -> BlockState:
+        done = next(asked)  # every block is asked for twice: to be written, and to be checked
+        context.report(Progress("pack_and_benchmark", done, 2 * count, begins=not done))
+        return load_block(student, index, variant, act_group, latents=False)
+
+    def fake_block(index: int) -> nn.Module:
+        return fake_quant_block(teacher.blocks[index], _with_sites(state(index), variant), c.scheme.kv_bits)
+
+    packing = pack_student(teacher, map(state, range(count)), folder, c.scheme, tokenizer, _origin(c, student))
+    ids = _check_ids(c, tokenizer, context.home).to(hardware.device)
+    integers, logits = check(open_packed(folder, hardware.device), ids, teacher, fake_block)
+    context.report(Progress("pack_and_benchmark", 2 * count, 2 * count))
+    assert logits is not None
     require(integers, logits, c.pack.min_sqnr_db)
     report = packing.metrics()
     size = {"disk_mb": report["packed_bytes"] / 1e6, "teacher_disk_mb": report["teacher_fp32_bytes"] / 2e6, "effective_bpw": report["effective_bpw"]}
     size |= {name: value for name, value in report.items() if name.startswith(("bpw_", "bytes_"))}
-    check = {"integers_compared": float(integers.compared), "integer_mismatches": float(integers.mismatches)}
-    check |= {"logits_sqnr_db": min(logits.logits_sqnr_db, 999.0), "worst_linear_sqnr_db": min(logits.worst_linear_sqnr_db, 999.0)}
-    detail = {"paths": list(integers.paths), "worst_linear": logits.worst_linear, "worst_block": logits.worst_block, "size": size, "check": check}
+    checked = {"integers_compared": float(integers.compared), "integer_mismatches": float(integers.mismatches)}
+    checked |= {"logits_sqnr_db": min(logits.logits_sqnr_db, 999.0), "worst_linear_sqnr_db": min(logits.worst_linear_sqnr_db, 999.0)}
+    detail = {"paths": list(integers.paths), "worst_linear": logits.worst_linear, "worst_block": logits.worst_block, "size": size, "check": checked}
     _write_json(context.folder / "packing.json", detail)
-    if c.pack.sample_tokens:
-        texts = sample_texts({"teacher": on_device, "packed": packed}, teacher.tokenizer, _prompts(c, teacher.tokenizer, context.home), c.pack.sample_tokens)
-        _write_json(context.folder / "samples.json", texts)
-    speed: dict[str, float] = {}
-    if c.pack.benchmark:
-        del teacher, on_device, fake, packed
-        release()  # two processes of the measurement are about to load models of their own
-        amount = (c.pack.prefill_tokens, c.pack.decode_tokens, c.pack.repeats, device.type)
-        speed = measure_packed(folder, *amount)
-        speed |= {f"teacher_{name}": value for name, value in measure_teacher(c.model, context.home, *amount).items()}
-    sections = {"size": size, "pack": check, "speed": speed}
-    return {f"{section}/{name}": float(value) for section, figures in sections.items() for name, value in figures.items()}
+    held, there = {"teacher": float(packing.teacher_bytes), "packed": packing.loaded_bytes}, room(context, teacher)
+    write_samples(context, teacher, tokenizer, held, there)
+    return size, checked, held, there
 
 
 def evaluate_model(context: StepContext) -> Metrics:
     """The protocols and tasks of the config on the packed model, through the integer path that dispatch chooses."""
-    from lbllm_core.model.load import load_teacher
-    from lbllm_core.model.packed_folder import load_packed
+    from lbllm_core.evaluation.packed_model import packed_of
+    from lbllm_core.model.load import teacher_tokenizer
 
-    tokenizer = load_teacher(context.config.model, context.home).tokenizer
-    return _measure(context, load_packed(context.inputs["packed"] / "packed", resolve(context.config.hardware).device), tokenizer)
+    c = context.config
+    return _measure(context, packed_of(c, context.home, context.inputs["packed"] / "packed"), teacher_tokenizer(c.model, context.home))
 
 
 def score_requests(context: StepContext) -> Metrics:
@@ -230,8 +231,9 @@ def score_requests(context: StepContext) -> Metrics:
     return {"zero_shot/requests": float(len(requests)), "zero_shot/mean_log_likelihood": float(scores.values.mean())}
 
 
-def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:
-    from lbllm_core.evaluation.perplexity import metric_name, perplexity, windows
+def _measure(context: StepContext, model: Model, tokenizer: Any) -> Metrics:
+    from lbllm_core.evaluation.last_states import device_of
+    from lbllm_core.evaluation.perplexity import forward_of, metric_name, perplexity, windows
     from lbllm_core.evaluation.zero_shot import zero_shot
 
     e = context.config.evaluation
@@ -239,7 +241,8 @@ def _measure(context: StepContext, model: Any, tokenizer: Any) -> Metrics:
     for protocol in e.protocols:
         name = metric_name(protocol, context.config, tokenizer)
         data = windows(protocol, context.config, tokenizer)
-        result = perplexity(lambda ids: model(ids, use_cache=False).logits, data, e.batch_tokens, context.report, device=model.device, name=name)
+        forward = forward_of(model, data, e.batch_tokens, context.report, name)
+        result = perplexity(forward, data, e.batch_tokens, context.report, device=device_of(model), name=name)
         found |= {name: result.ppl, f"{name}_stderr": result.stderr}
     if e.tasks:
         found |= zero_shot(model, tokenizer, e.tasks, e.task_limit, add_bos=context.config.model.add_bos, batch_tokens=e.batch_tokens, report=context.report)
@@ -259,14 +262,6 @@ def _check_ids(c: RunConfig, tokenizer: Any, home: Path) -> Tensor:
     from lbllm_core.data.tokens import calibration_tokens
 
     return calibration_tokens(c, tokenizer, home).flatten()[: min(c.pack.check_tokens, c.model.context)][None]
-
-
-def _prompts(c: RunConfig, tokenizer: Any, home: Path) -> Tensor:
-    """The openings of three calibration sequences, from start, middle and end, `(3, PROMPT_TOKENS)` (fewer where there are fewer)."""
-    from lbllm_core.data.tokens import calibration_tokens
-
-    ids = calibration_tokens(c, tokenizer, home)
-    return ids[sorted({0, len(ids) // 2, len(ids) - 1}), : min(PROMPT_TOKENS, c.model.context // 2)]
 
 
 def _with_sites(state: BlockState, variant: str) -> BlockState:

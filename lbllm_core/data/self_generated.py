@@ -5,8 +5,11 @@ Each sequence starts with a token drawn evenly from the vocabulary (after the BO
     x_t ~ softmax(logits(x_<t) / temperature)
 
 Special tokens are never drawn, so a sequence is plain text of full length. A uniform start costs one odd token a sequence and buys
-variety: from the BOS alone a small model tells few stories. Sequences are sampled in batches over a KV cache, with a generator of
-their own each batch, in float32: on a CPU the same seed gives the same tokens, and more sequences begin with the fewer ones.
+variety: from the BOS alone a small model tells few stories. A token is where the cumulated distribution passes an even number, and
+each batch of sequences draws its numbers beforehand with a generator of its own: on a CPU the same seed gives the same tokens, and more
+sequences begin with the fewer ones, however many batches are written side by side over one KV cache (a GPU is not busy with one). In float32.
+
+It is all of the text (`dataset.source=self_generated`), or what follows behind other text where that is not enough (`dataset.generated`).
 
 The token ids `(sequences, seq_len)` are kept, not the text, which would be cut into other tokens when it is read again:
 
@@ -34,20 +37,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_core.config import RunConfig
+from lbllm_core.config import DatasetConfig, RunConfig
 from lbllm_core.engine.hardware import resolve
 from lbllm_core.errors import DataError
 from lbllm_core.model.load import load_teacher, teacher_digest
 from lbllm_core.model.store import file_digest, published
 
-RECIPE = 1  # raise it when other tokens come from the same settings: it is part of the folder's key
-BATCH = 16
+RECIPE = 2  # raise it when other tokens come from the same settings: it is part of the folder's key
+BATCH = 16  # sequences that share a generator
+SIDE_BY_SIDE = {"cpu": 1, "cuda": 32}  # batches
 NGRAM = 4
 log = logging.getLogger(__name__)
 
 
+def wanted(data: DatasetConfig) -> int:
+    """How many sequences the teacher writes."""
+    return data.sequences if data.source == "self_generated" else data.generated
+
+
 def generated_tokens(config: RunConfig, home: Path) -> Tensor:
-    """The sampled token ids `(dataset.sequences, dataset.seq_len)`, int64; sampled now when they are not in the home folder."""
+    """The sampled token ids `(wanted(dataset), dataset.seq_len)`, int64; sampled now when they are not in the home folder."""
     from safetensors.torch import load_file
 
     ids: Tensor = load_file(_folder(config, home) / "tokens.safetensors")["ids"].clone()  # not a view of the mapped file
@@ -84,15 +93,17 @@ def require_distinct(figures: dict[str, float], config: RunConfig) -> None:
 
 
 @torch.no_grad()
-def sample(model: Any, first: Tensor, length: int, temperature: float, allowed: Tensor, generator: torch.Generator) -> Tensor:
-    """Continue `first (batch, n)` to `(batch, length)` token ids over a KV cache. `allowed (vocabulary,)` bool: what may be drawn."""
+def sample(model: Any, first: Tensor, length: int, temperature: float, allowed: Tensor, draws: Tensor) -> Tensor:
+    """Continue `first (batch, n)` to `(batch, length)` token ids over a KV cache. `allowed (vocabulary,)` bool: what may be drawn;
+    draws `(batch, length - n)`: numbers from 0 to 1, one for each token."""
     ids, last, cache = first, first, None
-    closed = ~allowed.to(first.device)
-    while ids.shape[1] < length:
+    closed, draws = ~allowed.to(first.device), draws.to(first.device)
+    for column in draws.unbind(1):
         answer = model(input_ids=last, past_key_values=cache, use_cache=True)
         cache = answer.past_key_values
         logits = (answer.logits[:, -1].float() / temperature).masked_fill(closed, float("-inf"))
-        last = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(first.device)
+        cumulated = logits.softmax(-1).cumsum(-1)
+        last = torch.searchsorted(cumulated, column[:, None] * cumulated[:, -1:], right=True).clamp_max(logits.shape[1] - 1)
         ids = torch.cat([ids, last], 1)
     return ids
 
@@ -104,7 +115,7 @@ def is_written(config: RunConfig, home: Path) -> bool:
 
 def _place(config: RunConfig, home: Path) -> Path:
     d = config.dataset
-    facts = [RECIPE, teacher_digest(config.model, home), config.model.add_bos, config.model.context, config.seed, d.sequences, d.seq_len, d.temperature, resolve(config.hardware).device.type]
+    facts = [RECIPE, teacher_digest(config.model, home), config.model.add_bos, config.model.context, config.seed, wanted(d), d.seq_len, d.temperature, resolve(config.hardware).device.type]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return home / "texts" / f"self_generated-{key[:16]}"
 
@@ -118,7 +129,7 @@ def _write(config: RunConfig, home: Path, folder: Path) -> None:
     from safetensors.torch import save_file
 
     d = config.dataset
-    log.info("self_generated: %s writes %d sequences of %d tokens", config.model.name, d.sequences, d.seq_len)
+    log.info("self_generated: %s writes %d sequences of %d tokens", config.model.name, wanted(d), d.seq_len)
     teacher = load_teacher(config.model, home)
     ids = _generate(config, teacher.model.to(resolve(config.hardware).device), teacher.tokenizer)
     save_file({"ids": ids}, folder / "tokens.safetensors")
@@ -137,11 +148,18 @@ def _generate(config: RunConfig, model: Any, tokenizer: Any) -> Tensor:
     allowed[: len(tokenizer)] = True
     allowed[[i for i in tokenizer.all_special_ids if i < rows]] = False
     starts, bos = allowed.nonzero().squeeze(1), bos_of(config.model, tokenizer)
-    made = []
-    for index in range(0, d.sequences, BATCH):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        first = starts[torch.randint(len(starts), (BATCH, 1), generator=generator)]
-        first = first if bos is None else torch.cat([torch.full((BATCH, 1), bos), first], 1)
-        made.append(sample(model, first.to(device), d.seq_len, d.temperature, allowed, generator).cpu())
-        log.info("self_generated: %d of %d sequences", min(index + BATCH, d.sequences), d.sequences)
-    return torch.cat(made)[: d.sequences].contiguous()
+    made, count = [], wanted(d)
+    wave = BATCH * SIDE_BY_SIDE[device.type]
+    for begin in range(0, count, wave):
+        firsts, draws = zip(*(_batch(config, index, starts, bos) for index in range(begin, min(begin + wave, count), BATCH)), strict=True)
+        made.append(sample(model, torch.cat(firsts).to(device), d.seq_len, d.temperature, allowed, torch.cat(draws)).cpu())
+        log.info("self_generated: %d of %d sequences", min(begin + wave, count), count)
+    return torch.cat(made)[:count].contiguous()
+
+
+def _batch(config: RunConfig, index: int, starts: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
+    """First tokens `(BATCH, 1 or 2)` and numbers for all others of the batch that begins with sequence `index`."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+    first = starts[torch.randint(len(starts), (BATCH, 1), generator=generator)]
+    first = first if bos is None else torch.cat([torch.full((BATCH, 1), bos), first], 1)
+    return first, torch.rand(BATCH, config.dataset.seq_len - first.shape[1], generator=generator)

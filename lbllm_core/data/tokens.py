@@ -12,9 +12,11 @@ they are remembered by what decides them (tokenizer, file contents, config).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,17 @@ CALIBRATION_STREAM = 1_000  # synthetic text: stream 0 trains tiny, 1000 + seed 
 EVALUATION_STREAM = 999
 
 
-REMEMBERED = 8  # sets of windows
-_memory: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class _Windows:
+    """Windows by what decides them; equal ones are made once in a process."""
+
+    key: str
+    make: Callable[[], Tensor] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _made(windows: _Windows) -> Tensor:
+    return windows.make()
 
 
 def remembered(tokenizer: Any, facts: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
@@ -45,11 +56,7 @@ def remembered(tokenizer: Any, facts: Sequence[object], make: Callable[[], Tenso
     if backend is None:
         return make()
     key = hashlib.sha256(json.dumps([backend.to_str(), [str(fact) for fact in facts]]).encode()).hexdigest()
-    if key not in _memory:
-        while len(_memory) >= REMEMBERED:
-            del _memory[next(iter(_memory))]
-        _memory[key] = make()
-    return _memory[key].clone()
+    return _made(_Windows(key, make)).clone()
 
 
 def encode(tokenizer: Any, documents: Iterable[str], joint: str = JOINT) -> Iterator[list[int]]:
@@ -104,17 +111,19 @@ def calibration_tokens(config: RunConfig, tokenizer: Any, home: Path | None = No
         return _self_generated(config, home)
     bos = bos_of(config.model, tokenizer)
     facts = ("calibration", data, data_digest(data), config.seed, tiny_seed(config.model) if config.model.source == "synthetic" else "", bos)
-    return remembered(tokenizer, facts, lambda: _cut_text(config, tokenizer, bos))
+    ids = remembered(tokenizer, facts, lambda: _cut_text(config, tokenizer, bos))
+    return torch.cat([ids, _self_generated(config, home)]) if data.generated else ids
 
 
 def _cut_text(config: RunConfig, tokenizer: Any, bos: int | None) -> Tensor:
-    data = config.dataset
+    data = replace(config.dataset, sequences=config.dataset.sequences - config.dataset.generated)
+    config = replace(config, dataset=data)
     wanted = data.sequences * (data.seq_len - (bos is not None))
     ids = _synthetic_ids(config, tokenizer, wanted) if data.source == "synthetic" else _document_ids(config, tokenizer, wanted)
     if len(ids) < wanted:
         raise DataError(
             f"dataset {data.name} gives {len(ids)} tokens, {wanted} are needed ({data.sequences} sequences of {data.seq_len}); "
-            "add files or lower dataset.sequences or dataset.seq_len"
+            "add files, lower dataset.sequences or dataset.seq_len, or let the teacher write the rest (dataset.generated)"
         )
     return cut(ids[:wanted], data.seq_len, bos)
 
@@ -123,7 +132,7 @@ def _self_generated(config: RunConfig, home: Path | None) -> Tensor:
     from lbllm_core.data.self_generated import generated_tokens  # imported late: it reads tokens of this module
 
     if home is None:
-        raise DataError("dataset.source=self_generated is kept in a home folder; call calibration_tokens with one")
+        raise DataError("self-generated text is kept in a home folder; call calibration_tokens with one")
     return generated_tokens(config, home)
 
 

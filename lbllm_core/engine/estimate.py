@@ -22,10 +22,11 @@ one (`*_BYTES`, `*_CALLS` below) and hold as far as the speeds explain the rest.
     act_quant          4 S, 22 bytes a weight, activations of a batch twice (codes)
     end_to_end         13 bytes a weight of all blocks (29 when latent weights learn), activations of a micro-batch in all blocks, logits of a
                        piece six times
-where stages 1 to 3 stream, two blocks stand in for the teacher (`8 x linears`); where hidden states lie on the host or on disk, their
-two streams (2 S, in their number type) are counted there and a window of a few passes on the device (`engine/tiers.py`).
-    pack               the teacher's fake-quantized copy, the packed model
+    pack               a fake-quantized block in the making, or the packed model for the sample texts
     evaluate           logits of a forward pass
+where the teacher is streamed, two blocks stand in for it (`8 x linears`), with embedding and head where logits are made; an evaluation then
+also keeps one stream of all its tokens. Where hidden states lie on the host or on disk, they (in stages two streams, in their number type) are
+counted there and a window of a few passes on the device (`engine/tiers.py`). Stage 4 always needs the whole teacher.
 
 Sweeps over large blocks on a GPU do other work and have formulas of their own, in `engine/estimate_large.py`.
 
@@ -43,7 +44,7 @@ from lbllm_core.engine import estimate_large
 from lbllm_core.engine.machine import Rates
 from lbllm_core.engine.needs import NUMBER_BYTES, PASS_TOKENS, SHARD, Work, forward, level_bytes, site_sides, streams
 from lbllm_core.model.inspect import Shapes
-from lbllm_core.pipeline import SWEEPS, PlannedStep, plan
+from lbllm_core.pipeline import PlannedStep, plan
 from lbllm_core.quant.bits import linear_bits
 
 PROCESS_BYTES = 1_300_000_000  # Python, torch and transformers in the run's process, Prefect's server beside it
@@ -58,6 +59,8 @@ FROZEN_BYTES = 90  # the same in stages 3 and 4, where codes are fixed
 QUANT_BYTES = 300  # activation quantizers, forward and backward: a channel of a site and token
 STEP_CALLS = 1500  # small operations a training step of one block
 FORWARD_CALLS = 120  # small operations a forward pass of one block
+BLOCK_IN_MAKING = 30.0  # bytes a weight of a block: state, fake-quantized copy with what it is computed from, packed block
+LARGEST_PASS = float(1 << 20)  # tokens that a streamed model is given at once (`evaluation/last_states.py`)
 LOAD_SECONDS = 0.4  # reading a teacher and a tokenizer, beside its bytes
 PROCESS_SECONDS = 4.5  # a fresh process of the speed measurement: Python, torch, transformers
 # tokens of complete texts and of one example of a task (all its choices), for models with tens of thousands of symbols
@@ -123,7 +126,7 @@ def _step(planned: PlannedStep, shapes: Shapes, rates: Rates, on_device: bool) -
     fixed = work.seconds + (12.0 * shapes.parameters * work.whole_teacher + work.hashed) / rates.hashing
     seconds = work.overhead * (work.fp32 / rates.matmul_fp32 + work.compute / rates.matmul_compute) + work.passes / rates.traffic + work.calls * rates.call + fixed
     if on_device and work.device:
-        streamed = planned.spec.name in SWEEPS and planned.config.hardware.streaming == "on"
+        streamed = planned.spec.name != "end_to_end" and planned.config.hardware.streaming == "on"
         host = work.host if streamed else work.host + 4 * shapes.parameters
         return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + host, DEVICE_BYTES + work.device)
     return StepEstimate(planned.spec.name, planned.row, work, seconds, PROCESS_BYTES + work.host + work.device, 0.0)
@@ -162,21 +165,28 @@ def _evaluate(c: RunConfig, s: Shapes) -> Work:
 def _forward_only(c: RunConfig, s: Shapes, tokens: float) -> Work:
     batch = min(c.evaluation.batch_tokens, max(tokens, 1.0))
     operations = tokens * (s.blocks * forward(s, min(2048, c.model.context)) + 2.0 * s.hidden * s.vocabulary)
-    memory = 4.0 * s.parameters + batch * 4.0 * (s.vocabulary * 1.2 + 12 * s.hidden + 4 * s.ffn)
+    memory = batch * 4.0 * (s.vocabulary * 1.2 + 12 * s.hidden + 4 * s.ffn)
+    held = Work(device=4.0 * s.parameters)
+    if c.hardware.streaming == "on":
+        held = _held(c, s, min(tokens, LARGEST_PASS) * 4.0 * s.hidden, 1, exact=True)
+        memory += 4.0 * s.embedding
     passes = tokens * 4.0 * (3 * s.vocabulary + s.blocks * (24 * s.hidden + 10 * s.ffn))
-    return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS, device=memory)
+    return Work(fp32=operations, passes=passes, calls=tokens / batch * s.blocks * FORWARD_CALLS, seconds=LOAD_SECONDS, host=held.host, device=held.device + memory, disk=held.disk)
 
 
-def _held(c: RunConfig, s: Shapes, stream: float, copies: int) -> Work:
-    """Bytes of the teacher and of `copies` float32 streams of `stream` bytes, by where they lie; `hardware` is resolved (`engine/tiers.py`)."""
+def _held(c: RunConfig, s: Shapes, stream: float, copies: int, exact: bool = False) -> Work:
+    """Bytes of the teacher and of `copies` float32 streams of `stream` bytes, by where they lie; `hardware` is resolved (`engine/tiers.py`).
+
+    exact: they stay float32 whatever `hardware.hidden_dtype` says.
+    """
     streamed = c.hardware.streaming == "on"
     teacher = 8.0 * s.linears if streamed else 4.0 * s.parameters
-    width = NUMBER_BYTES[c.hardware.hidden_dtype] / 4.0
+    width = 1.0 if exact else NUMBER_BYTES[c.hardware.hidden_dtype] / 4.0
     host = 4.0 * s.embedding if streamed else 0.0
     if c.hardware.hidden_tier in ("auto", "device"):
         return Work(device=teacher + copies * width * stream, host=host)
     window = 6 * 4.0 * PASS_TOKENS * s.hidden
-    both = 2 * width * stream
+    both = min(2, copies) * width * stream
     on_host = c.hardware.hidden_tier == "host"
     return Work(device=teacher + window, host=host + (both if on_host else 8.0 * SHARD), disk=0.0 if on_host else both)
 
@@ -268,9 +278,11 @@ def _pack(c: RunConfig, s: Shapes) -> Work:
         operations += 2 * prefill * (s.blocks * forward(s, c.pack.prefill_tokens) + 2.0 * s.hidden * s.vocabulary)
         passes += decoded * 1.5 * 4.0 * s.parameters  # a decoded token reads every weight of the teacher, and half as much packed
         seconds += 2 * PROCESS_SECONDS
-    memory = 4.0 * s.parameters + 4.0 * weights + 1.4 * weights + 8.0 * s.embedding + activation_bytes(s, int(tokens))
+    whole = (4.0 * s.parameters, max(BLOCK_IN_MAKING * s.linears, 0.4 * weights))  # teacher; a block of each model, or the packed model
+    streamed = (8.0 * s.linears, BLOCK_IN_MAKING * s.linears)
+    memory = sum(streamed if c.hardware.streaming == "on" else whole) + 8.0 * s.embedding + activation_bytes(s, int(tokens))
     disk = packed_bytes(c, s)
-    return Work(fp32=operations, passes=passes, calls=8.0 * s.blocks * FORWARD_CALLS, hashed=2 * disk, seconds=seconds, device=memory, disk=disk)
+    return Work(fp32=operations, passes=passes, calls=8.0 * s.blocks * FORWARD_CALLS, hashed=3 * disk, seconds=seconds, host=4.0 * s.embedding * (c.hardware.streaming == "on"), device=memory, disk=2 * disk)
 
 
 WORK: Mapping[str, Callable[[RunConfig, Shapes], Work]] = MappingProxyType(

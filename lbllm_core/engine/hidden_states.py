@@ -286,16 +286,26 @@ class _OnDisk:
         self.writing: Future[None] | None = None
 
     def read(self, at: At) -> tuple[Tensor, ...]:
-        rows = list(range(self.sequences))[at] if isinstance(at, slice) else at.tolist()
+        rows: Sequence[int] = range(self.sequences)[at] if isinstance(at, slice) else at.tolist()
         made = [torch.empty((len(rows), *size), dtype=number, pin_memory=self.pinned) for size, number in self.numbers]
-        for k, row in enumerate(rows):
-            shard, inside = divmod(row, self.each)
+        for k, shard, inside, length in self._runs(rows):
             count, offset = self._count(shard), 0
             for part, size in zip(made, self.row, strict=True):
-                stored = self._map(shard)[offset + inside * size : offset + (inside + 1) * size]
-                part[k].view(torch.uint8).view(-1).copy_(stored)
+                stored = self._map(shard)[offset + inside * size : offset + (inside + length) * size]
+                part[k : k + length].view(torch.uint8).view(-1).copy_(stored)
                 offset += count * size
         return tuple(made)
+
+    def _runs(self, rows: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+        """(place in `rows`, shard, row inside of it, length) of neighbours in one shard: they lie together, part by part."""
+        k = 0
+        while k < len(rows):
+            shard, inside = divmod(rows[k], self.each)
+            length = 1
+            while k + length < len(rows) and inside + length < self.each and rows[k + length] == rows[k] + length:
+                length += 1
+            yield k, shard, inside, length
+            k += length
 
     def sent(self, at: At, device: torch.device) -> tuple[Tensor, ...]:
         return tuple(part.to(device, non_blocking=True) for part in self.read(at))
@@ -319,16 +329,15 @@ class _OnDisk:
         return mapped
 
     def write(self, at: int, parts: Sequence[Tensor]) -> None:
-        for k in range(len(parts[0])):
-            shard, inside = divmod(at + k, self.each)
+        for k, shard, inside, length in self._runs(range(at, at + len(parts[0]))):
             count, offset = self._count(shard), 0
             if self.pending is None:
                 self.pending = torch.empty(count * sum(self.row), dtype=torch.uint8, pin_memory=self.pinned)
             for part, size in zip(parts, self.row, strict=True):
-                room = self.pending[offset + inside * size : offset + (inside + 1) * size]
-                room.copy_(part[k].contiguous().view(torch.uint8).view(-1), non_blocking=True)
+                room = self.pending[offset + inside * size : offset + (inside + length) * size]
+                room.copy_(part[k : k + length].contiguous().view(torch.uint8).view(-1), non_blocking=True)
                 offset += count * size
-            if inside == count - 1:
+            if inside + length == count:
                 self._hand_over(shard, self.pending)
                 self.pending = None
 

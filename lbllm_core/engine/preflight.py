@@ -48,6 +48,7 @@ def preflight(config: RunConfig, home: Path) -> tuple[Estimate | None, Limits]:
                 raise
     found = estimate(config, shapes, machine.rates(hardware, shapes.hidden, shapes.ffn), hardware.device.type == "cuda")
     if config.hardware.preflight == "refuse":
+        require_whole(config, found, limits, home)
         require_fit(found, limits)
     return found, limits
 
@@ -106,6 +107,30 @@ def verdict(found: Estimate, limits: Limits) -> Verdict:
         shares["device memory"] = found.device / limits.device
     name = max(shares, key=lambda key: shares[key])
     return name, shares[name]
+
+
+def require_whole(config: RunConfig, found: Estimate, limits: Limits, home: Path) -> None:
+    """PreflightError when the model is streamed and what holds all of it, stage 4 or text that the teacher writes, has no room: known now, not hours later."""
+    from lbllm_core.data.self_generated import is_written
+
+    if config.hardware.streaming != "on":
+        return
+    for step in found.steps:
+        shortage = _shortage(step.host, step.device, limits)
+        if step.step == "end_to_end" and shortage:
+            raise PreflightError(f"stage 4 trains the whole model at once, {shortage}, while every other step holds one block at a time: leave it out with end_to_end=off (end_to_end.enabled=false)")
+    teacher = 4.0 * found.shapes.parameters
+    shortage = _shortage(teacher, teacher if limits.device else 0.0, limits)
+    if config.dataset.source == "self_generated" and shortage and not is_written(config, home):
+        raise PreflightError(f"dataset.source=self_generated lets the whole teacher write, {shortage}: choose text of another source, or copy the home folder's texts/ from a machine where it fits")
+
+
+def _shortage(host: float, device: float, limits: Limits) -> str:
+    """What a step needs and what is there, of the memory that is short; empty when there is enough."""
+    for what, needed, there in (("device memory", device, limits.device), ("host memory", host, limits.host)):
+        if there and needed > there:
+            return f"which needs about {gb(needed)} of {what}, and {gb(there)} are there"
+    return ""
 
 
 def require_fit(found: Estimate, limits: Limits) -> None:

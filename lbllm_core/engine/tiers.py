@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lbllm_core.config import RunConfig
 from lbllm_core.engine import machine
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.hidden_states import StorePlan, choose_tier, stored_bytes
 from lbllm_core.errors import PreflightError
+from lbllm_core.model.blocks import Decoder
 from lbllm_core.model.inspect import Shapes, inspect_model
 
 BLOCK_BYTES = 40.0
@@ -39,17 +41,29 @@ class Tiers:
 
 
 def streams_teacher(config: RunConfig, shapes: Shapes, hardware: Hardware, device_bytes: float) -> bool:
-    """Whether stages 1 to 3 read the teacher block by block."""
+    """Whether the steps, all but stage 4, read the teacher block by block."""
     if config.hardware.streaming != "auto":
         return config.hardware.streaming == "on"
     return hardware.device.type == "cuda" and 4.0 * shapes.parameters > 0.5 * device_bytes
 
 
-def choose_streaming(config: RunConfig, hardware: Hardware, home: Path) -> bool:
-    """`streams_teacher` for the machine as it is."""
+def choose_streaming(config: RunConfig, hardware: Hardware, home: Path, packed: float = 0.0) -> bool:
+    """`streams_teacher` for the machine as it is; or, for a packed model of `packed` bytes, whether that one would half fill the GPU."""
     if config.hardware.streaming != "auto" or hardware.device.type != "cuda":
         return config.hardware.streaming == "on"
-    return streams_teacher(config, inspect_model(config.model, home), hardware, machine.limits(hardware, home).device)
+    device = machine.limits(hardware, home).device
+    return packed > 0.5 * device if packed else streams_teacher(config, inspect_model(config.model, home), hardware, device)
+
+
+def open_teacher(config: RunConfig, home: Path, hardware: Hardware, whole: bool = False) -> tuple[Decoder, Any]:
+    """The teacher on the device, whole or streamed as this configuration and machine want it, and its tokenizer. Raises ModelError."""
+    from lbllm_core.model.load import load_teacher
+    from lbllm_core.model.streamed import load_streamed
+
+    if not whole and choose_streaming(config, hardware, home):
+        return load_streamed(config.model, home, hardware.device)
+    teacher = load_teacher(config.model, home)
+    return Decoder(teacher.model.to(hardware.device).requires_grad_(False)), teacher.tokenizer
 
 
 def tiers(config: RunConfig, shapes: Shapes, hardware: Hardware, limits: machine.Limits, size: Sequence[int]) -> Tiers:

@@ -8,7 +8,7 @@ choice and a distribution over the vocabulary for each of their tokens. Here:
 - the head and the log-softmax run on the positions of the continuations alone: with 49152 tokens in the vocabulary that is a
   fraction of the work and of the memory.
 
-The mask is passed as `(rows, 1, tokens, tokens)` booleans, which transformers hands to scaled-dot-product attention as it is.
+A streamed model is read once for all the pairs of a call (`last_states.py`). The mask is passed as `(rows, 1, tokens, tokens)` booleans, which transformers hands to scaled-dot-product attention as it is.
 A test holds the scores against those of lm-eval's own HFLM.
 """
 
@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lbllm_core.engine.progress import Report, silent
 from lbllm_core.errors import NumericalError
+from lbllm_core.evaluation.last_states import Batch, Model, last_states, logits_of
 
 HEAD_ROWS = {"cpu": 256, "cuda": 4096}  # positions whose logits are alive at once: what fits a cache; 0.8 GB at 49152 tokens in the vocabulary
 
@@ -41,16 +43,19 @@ class _Row:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], max_length: int, batch_tokens: int = 2048, done: Any = lambda done, total: None
+    model: Model, pairs: Sequence[tuple[list[int], list[int]]], max_length: int, batch_tokens: int = 2048, done: Any = lambda done, total: None,
+    report: Report = silent, name: str = "choices",
 ) -> list[tuple[float, bool]]:
     """For each (context ids, continuation ids): the continuation's log-likelihood, and whether it is the greedy one.
 
-    What is too long for `max_length` loses its first tokens, the context's first. Raises NumericalError when a likelihood is not finite.
+    What is too long for `max_length` loses its first tokens, the context's first. `done(answered, of)` is told after each batch, `report` (as `name`)
+    after each block of a streamed model. Raises NumericalError when a likelihood is not finite.
     """
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     finished = 0
-    for batch in _batches(sorted(_rows(pairs, max_length, batch_tokens), key=len, reverse=True), batch_tokens):
-        for index, answer in _answers(model, batch):
+    batches = list(_batches(sorted(_rows(pairs, max_length, batch_tokens), key=len, reverse=True), batch_tokens))
+    for batch, states in zip(batches, last_states(model, [_layout(batch) for batch in batches], report, name), strict=True):
+        for index, answer in _answers(model, batch, states):
             if not math.isfinite(answer[0]):
                 raise NumericalError(f"the likelihood of choice {index} is not finite; look at the model's weights and scales")
             answers[index] = answer
@@ -86,14 +91,8 @@ def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[Sequence[_Row]
         start = stop
 
 
-def _answers(model: nn.Module, batch: Sequence[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """(place, (log-likelihood, greedy)) of every continuation in the batch."""
-    device = next(p for p in model.parameters() if p.is_floating_point()).device
-    ids, positions, branch = (t.to(device) for t in _layout(batch))
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    if any(len(row.continuations) > 1 for row in batch):
-        inputs |= {"position_ids": positions, "attention_mask": _visible(branch)[:, None]}
-    states: Tensor = model.base_model(**inputs).last_hidden_state  # type: ignore[operator]
+def _answers(model: Model, batch: Sequence[_Row], states: Tensor) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """(place, (log-likelihood, greedy)) of every continuation in the batch, from its last states."""
     rows, places, wanted, owners = [], [], [], []
     for r, row in enumerate(batch):
         start = len(row.context)
@@ -110,20 +109,19 @@ def _answers(model: nn.Module, batch: Sequence[_Row]) -> Iterator[tuple[int, tup
         done += width
 
 
-def _token_scores(model: nn.Module, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _token_scores(model: Model, hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """log p of each wanted token `(n,)` and whether it is the likeliest, from hidden states `(n, hidden)`, HEAD_ROWS at a time. On the host."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
     rows = HEAD_ROWS[hidden.device.type]
     values, greedy = [], []
     for part, tokens in zip(torch.split(hidden, rows), torch.split(wanted, rows), strict=True):
-        logits = head(part).float()
+        logits = logits_of(model, part).float()
         values.append(logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1))
         greedy.append(logits.argmax(1) == tokens)
     return torch.cat(values).cpu(), torch.cat(greedy).cpu()
 
 
-def _layout(batch: Sequence[_Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, positions and branches, each `(rows, tokens)`: branch 0 is the context, 1, 2, ... its continuations, -1 padding on the right."""
+def _layout(batch: Sequence[_Row]) -> Batch:
+    """The batch as tensors: branch 0 is the context, 1, 2, ... its continuations, -1 padding on the right."""
     width = max(map(len, batch))
     ids, positions = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
     branch = torch.full((len(batch), width), -1)
@@ -135,12 +133,4 @@ def _layout(batch: Sequence[_Row]) -> tuple[Tensor, Tensor, Tensor]:
             ids[r, start:stop] = torch.tensor(continuation[:-1], dtype=torch.long)
             positions[r, start:stop], branch[r, start:stop] = torch.arange(shared, shared + stop - start), number
             start = stop
-    return ids, positions, branch
-
-
-def _visible(branch: Tensor) -> Tensor:
-    """Who sees whom, booleans `(rows, tokens, tokens)`: what stands before in one's own branch or in the context."""
-    width = branch.shape[1]
-    before = torch.ones(width, width, dtype=torch.bool, device=branch.device).tril()
-    related = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
-    return before & related
+    return Batch(ids, positions, branch) if any(len(row.continuations) > 1 for row in batch) else Batch(ids)

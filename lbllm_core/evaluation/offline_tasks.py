@@ -40,10 +40,10 @@ SIX = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
 def build(config: RunConfig, home: Path, out: Path, tasks: Sequence[str], limit: int = 0) -> Requests:
     """Write the requests of these tasks, as the tokenizer of the config's model cuts them. Raises ConfigError, DataError, ModelError."""
     from lbllm_core.evaluation.zero_shot import measure
-    from lbllm_core.model.load import load_teacher
+    from lbllm_core.model.load import teacher_tokenizer
     from lbllm_core.report.records import versions
 
-    tokenizer = load_teacher(config.model, home).tokenizer
+    tokenizer = teacher_tokenizer(config.model, home)
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {}
 
     def collect(_: str, pairs: list[Pair]) -> list[tuple[float, bool]]:
@@ -58,10 +58,10 @@ def build(config: RunConfig, home: Path, out: Path, tasks: Sequence[str], limit:
 
 def tokenizer_of(requests: Requests, home: Path) -> Any:
     """The tokenizer that a requests file was built with, from the model it names. Raises DataError when it is another one now."""
-    from lbllm_core.model.load import load_teacher
+    from lbllm_core.model.load import teacher_tokenizer
 
     model = ModelConfig(**requests.facts["model_config"])
-    tokenizer = load_teacher(model, home).tokenizer
+    tokenizer = teacher_tokenizer(model, home)
     require_tokenizer(requests, tokenizer, model)
     return tokenizer
 

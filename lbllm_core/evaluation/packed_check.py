@@ -10,7 +10,8 @@
    property of the model, not of packing. Where an activation lies within one rounding of a decision point, the two models take
    different 4-bit codes, and thirty blocks amplify that; two equally valid float orders of the *same* model differ by as much.
 
-Memory: the inputs and outputs of every block for the few tokens of the check; linears one at a time.
+Memory: one packed and one fake-quantized block at a time, and three hidden states of the few tokens of the check: packed, fake-quantized on
+equal inputs, and fake-quantized running free.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lbllm_kernels.activation import quantize_activations
 from torch import Tensor, nn
 
 from lbllm_core.errors import GateError
+from lbllm_core.model.blocks import LAYERS, Decoder
 from lbllm_core.model.packed import PackedLinear, packed_linears
 
 
@@ -70,17 +72,6 @@ def sqnr_db(expected: Tensor, actual: Tensor) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-@contextmanager
-def _watching(model: nn.Module, see: Callable[[str, PackedLinear, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, linear, input, output)` for every packed linear that runs inside the block."""
-
-    def hook(name: str) -> Any:
-        return lambda module, inputs, output: see(name, module, inputs[0], output)
-
-    with _hooked([linear.register_forward_hook(hook(name)) for name, linear in packed_linears(model)]):
-        yield
-
-
 def compare_integers(linear: PackedLinear, x: Tensor) -> tuple[int, int]:
     """(compared, mismatches) of one packed linear on tokens `x (M, in)`: the chosen path against the reference."""
     prepared, values = linear.prepared, linear.site.values
@@ -99,37 +90,47 @@ def compare_integers(linear: PackedLinear, x: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def check_integers(model: nn.Module, ids: Tensor) -> IntegerCheck:
-    """Question 1 on token ids `(batch, tokens)`. Linears with unquantized activations have no integers and are passed over."""
-    compared = mismatches = linears = 0
-    first, paths = "", dict[str, None]()
+def check(packed: Decoder, ids: Tensor, teacher: Decoder | None = None, fake_block: Callable[[int], nn.Module] | None = None) -> tuple[IntegerCheck, LogitCheck | None]:
+    """Both questions on token ids `(batch, tokens)`; the second where the fake-quantized model is given: `teacher` with other blocks.
 
-    def see(name: str, linear: PackedLinear, x: Tensor, _: Tensor) -> None:
-        nonlocal compared, mismatches, linears, first
-        choice = linear.prepared.choice
-        paths[f"{choice.path}: {choice.reason}"] = None
-        linears += 1
-        if linear.site.variant == "none":
-            return
-        flat = x.reshape(-1, x.shape[-1])
-        ends = [route.up_to for route in linear.prepared.routes if route.up_to is not None]
-        for part in (flat, flat[:1], *(flat[:end] for end in ends)):  # one number of tokens for every path that the layer may take
-            seen, wrong = compare_integers(linear, part)
-            compared, mismatches = compared + seen, mismatches + wrong
-            first = first or (name if wrong else "")
-
-    with _watching(model, see):
-        model(ids, use_cache=False)
-    exact = any(not path.startswith("reference") for path in paths)
-    return IntegerCheck(linears, compared, mismatches, first, tuple(paths), exact)
-
-
-def _hidden(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+    Linears with unquantized activations have no integers and are passed over. Every block is asked for once, in order, and let go.
+    """
+    integers, meaning = _Integers(), _Meaning()
+    hidden = packed.embed(ids).float()
+    around = packed.surroundings(hidden)
+    free = theirs = hidden if teacher is None else teacher.embed(ids).float()
+    if teacher is not None:
+        teacher.embedded()
+    for index in range(len(packed.blocks)):
+        fake = None if fake_block is None else fake_block(index)
+        block = packed.blocks[index]
+        with _watching(block, f"{LAYERS}.{index}", fake, integers, meaning):
+            ours = packed.run_block(block, hidden, around, index)
+        if teacher is not None and fake is not None:
+            theirs = teacher.run_block(fake, hidden, around, index)
+            meaning.block = min(meaning.block, (sqnr_db(theirs - hidden, ours - hidden), f"{LAYERS}.{index}"))
+            free = teacher.run_block(fake, free, around, index)
+        hidden = ours
+        del block, fake, ours
+    if teacher is None:
+        return integers.found(), None
+    logits = packed.logits(hidden)
+    return integers.found(), meaning.found(sqnr_db(teacher.logits(theirs), logits), sqnr_db(teacher.logits(free), logits))
 
 
 @contextmanager
-def _hooked(handles: list[Any]) -> Iterator[None]:
+def _watching(block: nn.Module, name: str, fake: nn.Module | None, integers: _Integers, meaning: _Meaning) -> Iterator[None]:
+    """Compare every packed linear that runs inside, on the input that it sees."""
+
+    def hook(path: str) -> Any:
+        def see(linear: PackedLinear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            integers.see(f"{name}.{path}", linear, inputs[0])
+            if fake is not None:
+                meaning.linear = min(meaning.linear, (sqnr_db(fake.get_submodule(path)(inputs[0]), output), f"{name}.{path}"))
+
+        return see
+
+    handles = [linear.register_forward_hook(hook(path)) for path, linear in packed_linears(block)]
     try:
         yield
     finally:
@@ -137,41 +138,43 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-@torch.no_grad()
-def check_logits(packed: nn.Module, fake_quant: nn.Module, ids: Tensor) -> LogitCheck:
-    """Question 2. `fake_quant` has the packed model's module names; its linears take what the packed ones take."""
-    blocks = list(dict.fromkeys(name.partition(".self_attn.")[0] for name, _ in packed_linears(packed) if ".self_attn." in name))
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    linear, block = (math.inf, ""), (math.inf, "")
+@dataclass
+class _Integers:
+    """What has been counted so far for question 1."""
 
-    def see(name: str, _: PackedLinear, x: Tensor, y: Tensor) -> None:
-        nonlocal linear
-        linear = min(linear, (sqnr_db(fake_quant.get_submodule(name)(x), y), name))
+    linears: int = 0
+    compared: int = 0
+    mismatches: int = 0
+    first: str = ""
+    paths: dict[str, None] = field(default_factory=dict)
 
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> None:
-            inputs[name], outputs[name] = arguments[0], _hidden(output)
+    def see(self, name: str, linear: PackedLinear, x: Tensor) -> None:
+        choice = linear.prepared.choice
+        self.paths[f"{choice.path}: {choice.reason}"] = None
+        self.linears += 1
+        if linear.site.variant == "none":
+            return
+        flat = x.reshape(-1, x.shape[-1])
+        ends = [route.up_to for route in linear.prepared.routes if route.up_to is not None]
+        for part in (flat, flat[:1], *(flat[:end] for end in ends)):  # one number of tokens for every path that the layer may take
+            seen, wrong = compare_integers(linear, part)
+            self.compared, self.mismatches = self.compared + seen, self.mismatches + wrong
+            self.first = self.first or (name if wrong else "")
 
-        return hook
+    def found(self) -> IntegerCheck:
+        exact = any(not path.startswith("reference") for path in self.paths)
+        return IntegerCheck(self.linears, self.compared, self.mismatches, self.first, tuple(self.paths), exact)
 
-    def force(name: str) -> Any:
-        return lambda _, arguments: (inputs[name], *arguments[1:])
 
-    def compare(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            nonlocal block
-            block = min(block, (sqnr_db(_hidden(output) - inputs[name], outputs[name] - inputs[name]), name))
+@dataclass
+class _Meaning:
+    """The worst linear and block so far for question 2: dB and name."""
 
-        return hook
+    linear: tuple[float, str] = (math.inf, "")
+    block: tuple[float, str] = (math.inf, "")
 
-    with _watching(packed, see), _hooked([packed.get_submodule(name).register_forward_hook(keep(name)) for name in blocks]):
-        ours = packed(ids, use_cache=False).logits
-    free = sqnr_db(fake_quant(ids, use_cache=False).logits, ours)
-    theirs = [(fake_quant.get_submodule(name), name) for name in blocks]
-    with _hooked([m.register_forward_pre_hook(force(n)) for m, n in theirs] + [m.register_forward_hook(compare(n)) for m, n in theirs]):
-        forced = sqnr_db(fake_quant(ids, use_cache=False).logits, ours)
-    return LogitCheck(forced, free, block[1], block[0], linear[1], linear[0])
+    def found(self, forced: float, free: float) -> LogitCheck:
+        return LogitCheck(forced, free, self.block[1], self.block[0], self.linear[1], self.linear[0])
 
 
 def require(integers: IntegerCheck, logits: LogitCheck | None, min_sqnr_db: float) -> None:

@@ -13,7 +13,7 @@ seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from lbllm_core.config import RunConfig
 from lbllm_core.data import protocols
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.errors import NumericalError
+from lbllm_core.evaluation.last_states import Batch, Model, last_states, logits_of
 
 ROWS = 256  # rows of logits whose log-softmax is alive at once
 
@@ -48,6 +49,17 @@ def metric_name(protocol: str, config: RunConfig, tokenizer: Any) -> str:
     return protocols.resolve(protocol, config, tokenizer).name
 
 
+def in_batches(token_windows: Tensor, batch_tokens: int) -> Sequence[Tensor]:
+    """The windows `(n, s)` of each call."""
+    return torch.split(token_windows, max(1, batch_tokens // token_windows.shape[1]))
+
+
+def forward_of(model: Model, token_windows: Tensor, batch_tokens: int, report: Report = silent, name: str = "perplexity") -> Callable[[Tensor], Tensor]:
+    """`forward` of a model for `perplexity` of these very windows, which asks for one batch after the other: a streamed model is read once."""
+    made = last_states(model, [Batch(ids) for ids in in_batches(token_windows, batch_tokens)], report, name)
+    return lambda _: logits_of(model, next(made))
+
+
 @torch.no_grad()
 def perplexity(
     forward: Callable[[Tensor], Tensor], token_windows: Tensor, batch_tokens: int = 4096, report: Report = silent, device: str | torch.device = "cpu", name: str = "perplexity"
@@ -55,11 +67,10 @@ def perplexity(
     """Perplexity of `forward`: ids `(b, s)` -> logits `(b, s, vocabulary)`, at most `batch_tokens` tokens a call (one window
     at least). Raises NumericalError when a window's likelihood is not finite."""
     count, length = token_windows.shape
-    rows = max(1, batch_tokens // length)
     losses: list[float] = []
     report(Progress(name, 0, count, "window", begins=True))
-    for start in range(0, count, rows):
-        ids = token_windows[start : start + rows].to(device)
+    for batch in in_batches(token_windows, batch_tokens):
+        start, ids = len(losses), batch.to(device)
         sums = window_losses(forward(ids), ids)
         if not torch.isfinite(sums).all():
             raise NumericalError(f"{name}: the likelihood of window {start + int((~torch.isfinite(sums)).nonzero()[0])} is not finite; look at the model's weights and scales")

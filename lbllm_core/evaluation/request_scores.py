@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lbllm_core.config import RunConfig
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.errors import ArtifactError
 from lbllm_core.evaluation.choice_scores import score
+from lbllm_core.evaluation.last_states import WAVE_TOKENS, Model, Streamed, teacher_of
 from lbllm_core.evaluation.request_file import Pair, Requests, Scores, read_scores, require_tokenizer, write_scores
 
 CHUNK_TOKENS = 1 << 16
@@ -44,7 +45,7 @@ def chunks(context_of: Sequence[int], pairs: Sequence[Pair], tokens: int = CHUNK
 
 
 def score_requests(
-    model: nn.Module, requests: Requests, max_length: int, batch_tokens: int, ledger: Ledger, report: Report = silent, chunk_tokens: int = CHUNK_TOKENS
+    model: Model, requests: Requests, max_length: int, batch_tokens: int, ledger: Ledger, report: Report = silent, chunk_tokens: int = CHUNK_TOKENS
 ) -> tuple[Tensor, Tensor]:
     """(values `(n,)` float64, greedy `(n,)` uint8) of every request. Finished chunks of `ledger` are not scored again.
 
@@ -66,7 +67,7 @@ def score_requests(
     return values, greedy
 
 
-def scores_file(path: Path, model: nn.Module, requests: Requests, facts: Mapping[str, Any], batch_tokens: int, report: Report = silent) -> Scores:
+def scores_file(path: Path, model: Model, requests: Requests, facts: Mapping[str, Any], batch_tokens: int, report: Report = silent) -> Scores:
     """The scores file at `path`: as it is when it is whole and answers for the same model, else scored (or continued) now.
 
     `facts`: `model_digest`, `max_length`, and whatever else should stand in the file. Chunks lie beside it until it is written.
@@ -80,8 +81,9 @@ def scores_file(path: Path, model: nn.Module, requests: Requests, facts: Mapping
         if any(found.facts.get(key) != told[key] for key in ("model_digest", "max_length")):
             raise ArtifactError(f"{path} holds the scores of another model ({str(found.facts.get('model_digest'))[:16]}); remove it or name another file")
         return found
-    ledger = Ledger(path.parent, f"{path.stem}_{str(facts['model_digest'])[:12]}_{requests.digest[:12]}_{facts['max_length']}")
-    values, greedy = score_requests(model, requests, int(facts["max_length"]), batch_tokens, ledger, report)
+    chunk = 3 * WAVE_TOKENS // 4 if isinstance(model, Streamed) else CHUNK_TOKENS  # a streamed model is read for every chunk: one wave, padding included
+    ledger = Ledger(path.parent, f"{path.stem}_{str(facts['model_digest'])[:12]}_{requests.digest[:12]}_{facts['max_length']}_{chunk}")
+    values, greedy = score_requests(model, requests, int(facts["max_length"]), batch_tokens, ledger, report, chunk)
     write_scores(path, Scores(values, greedy, told))
     for leftover in path.parent.glob(f"{ledger.name}_*"):
         leftover.unlink()
@@ -91,17 +93,17 @@ def scores_file(path: Path, model: nn.Module, requests: Requests, facts: Mapping
 def score_model(config: RunConfig, home: Path, requests: Requests, out: Path, packed: Path | None, report: Report = silent) -> Scores:
     """Score the requests with a packed folder, or with the config's teacher in float32, into `out`; a run that died is continued."""
     from lbllm_core.engine.hardware import resolve
-    from lbllm_core.model.load import CONTENT, load_teacher
-    from lbllm_core.model.packed_folder import load_packed
+    from lbllm_core.evaluation.packed_model import packed_of
+    from lbllm_core.model.load import CONTENT, teacher_digest, teacher_tokenizer
     from lbllm_core.model.store import folder_digest
     from lbllm_core.report.records import device_name, versions
 
-    teacher, device = load_teacher(config.model, home), resolve(config.hardware).device
-    require_tokenizer(requests, teacher.tokenizer, config.model)
-    model: Any = teacher.model.to(device) if packed is None else load_packed(packed, device)
+    device = resolve(config.hardware).device
+    model, tokenizer = teacher_of(config, home) if packed is None else (packed_of(config, home, packed), teacher_tokenizer(config.model, home))
+    require_tokenizer(requests, tokenizer, config.model)
     facts = {
-        "model_digest": teacher.digest if packed is None else folder_digest(packed, CONTENT),
-        "max_length": int(teacher.tokenizer.model_max_length),
+        "model_digest": teacher_digest(config.model, home) if packed is None else folder_digest(packed, CONTENT),
+        "max_length": int(tokenizer.model_max_length),
         "packed": packed is not None,
         "dtype": "fp32" if packed is None else "packed",
         "device": device_name() if device.type == "cuda" else device_name().rpartition("; ")[2],

@@ -24,13 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lbllm_core.data import tasks as task_data
 from lbllm_core.data.tasks import TaskSource
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.errors import DataError
 from lbllm_core.evaluation.choice_scores import score
+from lbllm_core.evaluation.last_states import Model
 from lbllm_core.evaluation.request_file import Pair
 from lbllm_core.model.store import file_digest
 
@@ -49,16 +48,16 @@ STOCK = {
 
 
 def zero_shot(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int = 0, *, add_bos: bool = False, batch_tokens: int = 2048, report: Report = silent
+    model: Model, tokenizer: Any, tasks: Sequence[str], limit: int = 0, *, add_bos: bool = False, batch_tokens: int = 2048, report: Report = silent
 ) -> dict[str, float]:
     """Metrics of `tasks`: `acc_<task>`, `acc_stderr_<task>`, and `acc_norm_...` where the task has it, each with `_n<limit>` when limited.
 
-    `model`: a transformers causal language model, packed or not. `batch_tokens`: padded tokens a forward pass. Raises ConfigError
+    `model`: a transformers causal language model, packed or not, or a streamed one. `batch_tokens`: padded tokens a forward pass. Raises ConfigError
     (unknown task), DataError (no data), NumericalError (a choice's likelihood is not finite).
     """
 
     def answer(task: str, pairs: list[Pair]) -> list[tuple[float, bool]]:
-        return score(model, pairs, int(tokenizer.model_max_length), batch_tokens, lambda done, total: report(Progress(task, done, total, "choice")))
+        return score(model, pairs, int(tokenizer.model_max_length), batch_tokens, lambda done, total: report(Progress(task, done, total, "choice")), report, task)
 
     return measure(answer, tokenizer, tasks, limit, add_bos=add_bos)[0]
 

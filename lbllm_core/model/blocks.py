@@ -13,7 +13,7 @@ model would have given it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ PARTS = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }  # what may lie inside; anything else could stand between a site and the producer that smoothing is folded into
+LAYERS = "model.layers"  # where the blocks are in a transformers model
 FACTORS = ("embedding_multiplier", "logits_scaling", "logit_scale", "final_logit_softcapping")  # steps outside of the blocks
 
 
@@ -69,7 +70,12 @@ class Decoder:
         if not self.blocks:
             raise ModelError(f"{_kind(model)} has no decoder blocks")
         for index, block in enumerate(self.blocks):
-            _check_block(block, f"{_kind(model)} block {index}")
+            self.check(block, f"{_kind(model)} block {index}")
+
+    @staticmethod
+    def check(block: nn.Module, where: str) -> None:
+        """ModelError naming `where` when a block is not one that can be binarized."""
+        _check_block(block, where)
 
     @property
     def width(self) -> int:
@@ -84,17 +90,28 @@ class Decoder:
     def embedded(self) -> None:
         """All tokens are embedded: what was loaded for that alone may go."""
 
+    def outside(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """Name, tensor, and whether it is the embedding or the head, of all parameters outside of the blocks; a shared one once."""
+        large = {id(self.base.embed_tokens.weight), id(self.head.weight)}
+        for name, parameter in self.model.named_parameters():  # lists a shared parameter once, under its first name
+            if not name.startswith(f"{LAYERS}."):
+                yield name, parameter.detach(), id(parameter) in large
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the last block -> logits `(..., vocabulary)`."""
         return self.head(self.base.norm(hidden))  # type: ignore[no-any-return]
 
-    def surroundings(self, hidden: Tensor) -> dict[str, Any]:
-        """What every block is given beside its hidden states: positions, rotary embeddings, masks by layer type."""
+    def surroundings(self, hidden: Tensor, positions: Tensor | None = None, visible: Tensor | None = None) -> dict[str, Any]:
+        """What every block is given beside its hidden states: positions, rotary embeddings, masks by layer type.
+
+        positions `(batch, tokens)` and visible, booleans `(batch, 1, tokens, tokens)`, where tokens do not simply follow each other.
+        """
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        if positions is None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         made: dict[str, Any] = {"position_ids": positions, "position_embeddings": self.base.rotary_emb(hidden, positions)}
-        arguments = {"config": self.config, "inputs_embeds": hidden, "attention_mask": None, "past_key_values": None, "position_ids": positions}
+        arguments = {"config": self.config, "inputs_embeds": hidden, "attention_mask": visible, "past_key_values": None, "position_ids": positions}
         window = getattr(self.config, "sliding_window", None)
         made["masks"] = {"full_attention": create_causal_mask(**arguments)}
         if window is not None and window < hidden.shape[1]:
@@ -122,6 +139,11 @@ class Decoder:
         for index, block in enumerate(self.blocks if blocks is None else blocks):
             hidden = self.run_block(block, hidden, around, index)
         return self.logits(hidden)
+
+
+def decoder_of(model: nn.Module | Decoder) -> Decoder:
+    """The view of a model, or the view that was given. Raises ModelError as `Decoder` does."""
+    return model if isinstance(model, Decoder) else Decoder(model)
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:

@@ -61,6 +61,16 @@ def load_teacher(config: ModelConfig, home: Path) -> Teacher:
     return Teacher(model, tokenizer, source.digest)
 
 
+def teacher_tokenizer(config: ModelConfig, home: Path) -> Any:
+    """The tokenizer that `load_teacher` gives, without a weight being read. Raises ModelError."""
+    folder = teacher_folder(config, home)
+    with quiet():
+        architecture = read_config(folder, config.blocks)
+        tokenizer = load_tokenizer(folder, int(architecture.vocab_size))
+    tokenizer.model_max_length = min(config.context, int(architecture.max_position_embeddings))
+    return tokenizer
+
+
 def teacher_folder(config: ModelConfig, home: Path) -> Path:
     """The transformers folder that `load_teacher` reads (`tiny` is trained and a GGUF file converted if they are not cached)."""
     with quiet():

@@ -384,17 +384,23 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 
 
 def finalize(model: nn.Module, where: str, keep_16_bits: bool = True) -> None:
-    """After the tensors are in: check each packed linear, derive its layout, freeze the rest, keep embedding and head in 16 bits. Raises ArtifactError naming `where`."""
+    """After the tensors are in: `settle` all of it, keep embedding and head in 16 bits. Raises ArtifactError naming `where`."""
+    settle(model, where)
+    keep_half(model, keep_16_bits)
+
+
+def settle(part: nn.Module, where: str, name: str = "") -> None:
+    """Check each packed linear of a model, or of its part `name`, derive its layout, freeze the rest. Raises ArtifactError naming `where`."""
+    inside = f"{name}." if name else ""
     try:
-        for module in model.modules():
+        for module in part.modules():
             if isinstance(module, ActSite):
                 module.prepare()
-        for name, linear in packed_linears(model):
-            linear.prepare(name)
-        for name, parameter in model.named_parameters():
+        for path, linear in packed_linears(part):
+            linear.prepare(inside + path)
+        for path, parameter in part.named_parameters():
             if parameter.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(parameter.detach())):  # NaN spreads to both ends
-                raise FormatError(f"{name}: holds NaN or infinity")
+                raise FormatError(f"{inside}{path}: holds NaN or infinity")
     except FormatError as error:
         raise ArtifactError(f"{where} breaks the packed format: {error}; the file is damaged, pack the model again") from error
-    model.requires_grad_(False)
-    keep_half(model, keep_16_bits)
+    part.requires_grad_(False)

@@ -16,13 +16,15 @@ moves the teacher's logits by 68 dB), fp32 otherwise. Norms are never rounded.
 **Trust.** Nothing in the folder is run: JSON and safetensors only. Names, types and shapes of the file are compared with what
 config.json asks for before a tensor is used; a difference is an ArtifactError that names it.
 **Determinism.** The same model gives the same bytes: tensors in a fixed order, no time stamps.
+**Memory.** Writing holds one block of teacher and student at a time. Reading gives the whole model (`load_packed`) or a decoder whose blocks come
+from the file when they are asked for, checked and laid out as those of the whole (`open_packed`).
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,12 @@ from torch import Tensor, nn
 
 from lbllm_core.config import SchemeConfig
 from lbllm_core.errors import ArtifactError, ModelError
-from lbllm_core.model.blocks import SITE_OF, SITES, Decoder
+from lbllm_core.model.blocks import LAYERS, SITE_OF, SITES, Decoder, decoder_of, linears_of
 from lbllm_core.model.card import Origin, card
-from lbllm_core.model.packed import QUANT_METHOD, ActSite, PackedScheme, finalize, install_packed_linears, scheme_from_dict
-from lbllm_core.model.packed_file import read_header, read_tensors, write_tensors
+from lbllm_core.model.half import keep_half
+from lbllm_core.model.packed import QUANT_METHOD, ActSite, PackedScheme, finalize, install_packed_linears, scheme_from_dict, settle
+from lbllm_core.model.packed_file import check_header, checked_tensors, read_header, read_tensors, write_tensors
+from lbllm_core.model.streamed import StreamedBlocks
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.bits import BILL_OF_FAMILY, Bits, add, linear_bits
 from lbllm_core.quant.kv_cache import set_kv_bits
@@ -58,6 +62,11 @@ class PackReport:
     folder_bytes: int
     teacher_bytes: int  # the teacher's parameters in fp32, tied ones once
     rounded: Mapping[str, float]  # tensors stored in fp16 with a rounding error: name -> SQNR in dB
+
+    @property
+    def loaded_bytes(self) -> float:
+        """The whole packed model in memory, at most: embedding and head in fp32, linears with the padding of their layouts."""
+        return 1.2 * sum(self.tensor_bytes.values()) + self.tensor_bytes["embedding"] + self.tensor_bytes["head"]
 
     def metrics(self) -> dict[str, float]:
         """Plain figures for a log."""
@@ -133,60 +142,70 @@ def narrow(tensor: Tensor, may_round: bool = False) -> tuple[Tensor, float | Non
 
 
 def pack_student(
-    teacher: nn.Module, blocks: Iterable[BlockState], folder: Path, scheme: SchemeConfig, tokenizer: Any = None, origin: Origin | None = None
+    teacher: nn.Module | Decoder, blocks: Iterable[BlockState], folder: Path, scheme: SchemeConfig, tokenizer: Any = None, origin: Origin | None = None
 ) -> PackReport:
     """Write the packed folder of a student; `blocks` in order (a generator keeps one block in memory at a time). `origin`: for its card.
 
     Levels are snapped to the int8 grid here. Raises ModelError when teacher and blocks do not fit together.
     """
-    form, view = packed_scheme(scheme), Decoder(teacher)
+    form, view = packed_scheme(scheme), decoder_of(teacher)
     bill = BILL_OF_FAMILY[scheme.level_family] if scheme.level_mode == "explicit" else "lut8"
-    names = {id(module): name for name, module in teacher.named_modules()}
-    tensors: dict[str, Tensor] = {}
     bills: list[Bits] = []
-    replaced: set[str] = set()
-    count = 0
-    for block, state in zip(view.blocks, blocks, strict=False):
-        prefix = names[id(block)]
-        linears = {path: block.get_submodule(path) for path in SITE_OF}
-        biases = {path: m.bias for path, m in linears.items() if isinstance(m.bias, Tensor)}
-        tensors |= {f"{prefix}.{name}": t.contiguous() for name, t in block_tensors(state, form, biases).items()}
-        bills += [linear_bits(q.codes.shape[0], q.codes.shape[1], q.group_size, form.codebook_size, form.outlier_channels, bill) for q in state.linears.values()]
-        replaced |= {f"{prefix}.{path}.{leaf}" for path in SITE_OF for leaf in ("weight", "bias")}
-        count += 1
-    if count != len(view.blocks):
-        raise ModelError(f"the student has {count} blocks, the teacher {len(view.blocks)}; pack a finished student of this teacher")
-    rounded = _add_other_tensors(teacher, view, tensors, replaced)
+    rounded: dict[str, float] = {}
+    sizes = {"linears": 0, "sites": 0, "norms": 0, "embedding": 0, "head": 0}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for index, state in enumerate(_in_pairs(view, blocks)):
+            yield from ((f"{LAYERS}.{index}.{name}", t) for name, t in _of_block(view.blocks[index], state, form).items())
+            bills.extend(linear_bits(q.codes.shape[0], q.codes.shape[1], q.group_size, form.codebook_size, form.outlier_channels, bill) for q in state.linears.values())
+        for name, tensor, large in view.outside():
+            stored, db = narrow(tensor.cpu(), may_round=large)
+            if db is not None:
+                rounded[name] = db
+            yield name, stored
+
+    def counted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors():
+            sizes[_part_of(name)] += tensor.numel() * tensor.element_size()
+            yield name, tensor
+
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS, tensors)
-    _write_config(teacher, form, folder)
+    write_tensors(folder / WEIGHTS, counted())
+    _write_config(view.model, form, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    bits, sizes = add(bills), _bytes_by_part(tensors, view)
+    bits = add(bills)
     (folder / "README.md").write_text(card(origin or Origin(), form.to_dict(), bits, sizes, rounded, sum(sizes.values())), encoding="utf-8")
     return PackReport(
         bits=bits,
         tensor_bytes=sizes,
         folder_bytes=sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
-        teacher_bytes=4 * sum(p.numel() for p in teacher.parameters()),
+        teacher_bytes=4 * sum(p.numel() for p in view.model.parameters()),
         rounded=rounded,
     )
 
 
-def _add_other_tensors(teacher: nn.Module, view: Decoder, tensors: dict[str, Tensor], replaced: set[str]) -> dict[str, float]:
-    """Embedding, norms, head as they are; returns what was rounded. A head tied to the embedding is left out."""
-    big = {id(view.base.embed_tokens.weight), id(view.head.weight)}
-    rounded: dict[str, float] = {}
-    for name, parameter in teacher.named_parameters():  # lists a shared parameter once, under its first name
-        if name in replaced or name in tensors:
-            continue
-        tensors[name], db = narrow(parameter.detach().cpu(), may_round=id(parameter) in big)
-        if db is not None:
-            rounded[name] = db
-    return rounded
+def _in_pairs(view: Decoder, blocks: Iterable[BlockState]) -> Iterator[BlockState]:
+    """The states, when there are as many as the teacher has blocks; else ModelError."""
+    count = 0
+    for state in blocks:
+        count += 1
+        if count <= len(view.blocks):
+            yield state
+    if count != len(view.blocks):
+        raise ModelError(f"the student has {count} blocks, the teacher {len(view.blocks)}; pack a finished student of this teacher")
 
 
-def _write_config(teacher: nn.Module, form: PackedScheme, folder: Path) -> None:
+def _of_block(block: nn.Module, state: BlockState, form: PackedScheme) -> dict[str, Tensor]:
+    """All tensors of a packed block: what packing changes, and the teacher's own (the norms of queries and keys)."""
+    linears = linears_of(block)
+    made = block_tensors(state, form, {path: linear.bias for path, linear in linears.items() if isinstance(linear.bias, Tensor)})
+    replaced = {f"{path}.{leaf}" for path in linears for leaf in ("weight", "bias")}
+    others = {name: p for name, p in block.named_parameters() if name not in replaced and name not in made}
+    return made | {name: narrow(p.detach().cpu())[0] for name, p in others.items()}
+
+
+def _write_config(teacher: Any, form: PackedScheme, folder: Path) -> None:
     config: Any = copy.deepcopy(teacher.config)
     config.quantization_config = form.to_dict()
     config.architectures = [type(teacher).__name__]
@@ -197,13 +216,9 @@ def _write_config(teacher: nn.Module, form: PackedScheme, folder: Path) -> None:
         generation.save_pretrained(folder)
 
 
-def _bytes_by_part(tensors: Mapping[str, Tensor], view: Decoder) -> dict[str, int]:
-    parts = {"linears": 0, "sites": 0, "norms": 0, "embedding": 0, "head": 0}
-    for name, t in tensors.items():
-        inside_linear = any(f".{path}." in name for path in SITE_OF)
-        part = "sites" if ".act_sites." in name else "linears" if inside_linear else "embedding" if "embed_tokens" in name else "head" if name.startswith("lm_head") else "norms"
-        parts[part] += t.numel() * t.element_size()
-    return parts
+def _part_of(name: str) -> str:
+    inside_linear = any(f".{path}." in name for path in SITE_OF)
+    return "sites" if ".act_sites." in name else "linears" if inside_linear else "embedding" if "embed_tokens" in name else "head" if name.startswith("lm_head") else "norms"
 
 
 def read_scheme(folder: Path) -> PackedScheme:
@@ -230,15 +245,7 @@ def load_packed(folder: Path, device: torch.device | str = "cpu", *, activations
     scheme = read_scheme(folder)
     _check_sizes(folder)
     model = _skeleton(folder, scheme)
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())  # stay in their stored type until `finalize`
-    for name, tensor in read_tensors(folder / WEIGHTS, expected_tensors(model)):
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if leaf in module._buffers:
-            module._buffers[leaf] = tensor.to(device)
-        else:
-            wide = tensor if any(module is table for table in tables) else tensor.to(torch.float32)
-            module._parameters[leaf] = nn.Parameter(wide.to(device), requires_grad=False)
+    _fill(model, read_tensors(folder / WEIGHTS, expected_tensors(model)), device)
     if not activations:
         scheme = replace(scheme, kv_bits=16)
         for module in model.modules():
@@ -248,6 +255,54 @@ def load_packed(folder: Path, device: torch.device | str = "cpu", *, activations
     finalize(model, str(folder / WEIGHTS), keep_16_bits)
     finish_loading(model, scheme)
     return model.eval()
+
+
+class PackedDecoder(Decoder):
+    """A view of a packed model; its blocks were compared with the format when they were read."""
+
+    @staticmethod
+    def check(block: nn.Module, where: str) -> None:
+        """A packed block has packed linears."""
+
+
+def open_packed(folder: Path, device: torch.device | str = "cpu") -> PackedDecoder:
+    """The decoder of a packed folder, its blocks read one at a time: embedding, last norm and head are held. Raises ArtifactError as `load_packed` does."""
+    scheme, path = read_scheme(folder), folder / WEIGHTS
+    _check_sizes(folder)
+    model = _skeleton(folder, scheme)
+    finish_loading(model, scheme)
+    wanted = expected_tensors(model)
+    check_header(str(path), wanted, read_header(path))
+    _fill(model, checked_tensors(path, sorted(name for name in wanted if not name.startswith(f"{LAYERS}."))), device)
+    model.tie_weights()
+    for name in ("model.embed_tokens", "model.norm", "lm_head"):
+        if f"{name}.weight" in wanted:
+            settle(model.get_submodule(name), str(path), name)
+    keep_half(model)
+    view = PackedDecoder(model.eval())
+
+    def read(index: int) -> dict[str, Tensor]:
+        prefix = f"{LAYERS}.{index}."
+        return {name.removeprefix(prefix): tensor for name, tensor in checked_tensors(path, sorted(name for name in wanted if name.startswith(prefix)))}
+
+    def fill(index: int, block: nn.Module, stored: dict[str, Tensor]) -> None:
+        _fill(block, stored.items(), device)
+        settle(block, str(path), f"{LAYERS}.{index}")
+
+    view.blocks, view.streamed = StreamedBlocks(view.blocks, read, fill), True
+    return view
+
+
+def _fill(module: Any, tensors: Iterable[tuple[str, Tensor]], device: torch.device | str) -> None:
+    """Put tensors into a skeleton by name, parameters in float32; embedding and head stay in their stored type until `keep_half`."""
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        part = module.get_submodule(owner)
+        if leaf in part._buffers:
+            part._buffers[leaf] = tensor.to(device)
+        else:
+            wide = tensor if owner in ("model.embed_tokens", "lm_head") else tensor.to(torch.float32)
+            part._parameters[leaf] = nn.Parameter(wide.to(device), requires_grad=False)
 
 
 def load_tokenizer(folder: Path, optional: bool = False) -> Any:

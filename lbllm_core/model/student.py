@@ -86,8 +86,10 @@ def block_file(folder: Path, index: int) -> Path:
     return folder / f"block_{index:03d}.safetensors"
 
 
-def load_block(folder: Path, index: int, variant: str, act_group_size: int = 0) -> BlockState:
-    """One block of a finished student folder."""
-    from safetensors.torch import load_file
+def load_block(folder: Path, index: int, variant: str, act_group_size: int = 0, latents: bool = True) -> BlockState:
+    """One block of a finished student folder; without the weights behind its codes where only the codes are asked for."""
+    from safetensors import safe_open
 
-    return state_from_tensors(load_file(block_file(folder, index)), variant, act_group_size)
+    with safe_open(block_file(folder, index), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if latents or not name.endswith(".latent")}  # noqa: SIM118 (it is no dictionary)
+    return state_from_tensors(tensors, variant, act_group_size)

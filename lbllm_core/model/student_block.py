@@ -136,12 +136,17 @@ def fake_quant_model(teacher: nn.Module, states: Sequence[BlockState], kv_bits: 
     model = copy.deepcopy(teacher, memo)
     layers: Any = model.model.layers  # type: ignore[union-attr]
     for index, (block, state) in enumerate(zip(view.blocks, states, strict=True)):
-        plain, device = build_block(block, replace(state, sites={}), "fixed", kv_bits), next(block.parameters()).device
-        for path, site in SITE_OF.items():
-            if site in state.sites:
-                _replace(plain, path, nn.Sequential(_quantizer(state, site, state.sites[site]).to(device), plain.get_submodule(path)))
-        layers[index] = plain
+        layers[index] = fake_quant_block(block, state, kv_bits)
     return model.eval()
+
+
+def fake_quant_block(block: nn.Module, state: BlockState, kv_bits: int) -> nn.Module:
+    """A block of `fake_quant_model`, on the teacher block's device."""
+    plain, device = build_block(block, replace(state, sites={}), "fixed", kv_bits), next(block.parameters()).device
+    for path, site in SITE_OF.items():
+        if site in state.sites:
+            _replace(plain, path, nn.Sequential(_quantizer(state, site, state.sites[site]).to(device), plain.get_submodule(path)))
+    return plain.eval()
 
 
 def quant_linears(block: nn.Module) -> dict[str, QuantLinear]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lbllm_core import pipeline
-from lbllm_core.config import DatasetConfig, HardwareConfig, RunConfig
+from lbllm_core.config import DatasetConfig, HardwareConfig, RunConfig, problems
 from lbllm_core.data import self_generated, tokens
 from lbllm_core.errors import DataError, GateError
 from lbllm_core.run import run_pipeline
@@ -50,14 +50,14 @@ def test_sampling_follows_the_model(tiny_teacher) -> None:
     allowed = torch.ones(model.config.vocab_size, dtype=torch.bool)
     allowed[0] = False
     first = torch.tensor([[5, 6, 7], [9, 3, 4]])
-    ids = self_generated.sample(model, first, 24, 1e-4, allowed, torch.Generator().manual_seed(0))
+    ids = self_generated.sample(model, first, 24, 1e-4, allowed, torch.rand(2, 21))
     wanted = first
     while wanted.shape[1] < 24:
         logits = model(input_ids=wanted, use_cache=False).logits[:, -1].clone()
         logits[:, 0] = float("-inf")
         wanted = torch.cat([wanted, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(ids, wanted)
-    hot = self_generated.sample(model, first.repeat(50, 1), 8, 5.0, allowed, torch.Generator().manual_seed(0))
+    hot = self_generated.sample(model, first.repeat(50, 1), 8, 5.0, allowed, torch.rand(100, 5))
     assert not bool((hot == 0).any())
     assert len(hot[:, 3].unique()) > 20
 
@@ -94,9 +94,30 @@ def test_damaged_text_is_written_again(written: Path) -> None:
 def test_the_digest_is_in_the_steps_keys(written: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher) -> None:
     monkeypatch.setattr("lbllm_core.model.load.teacher_digest", lambda *_: tiny_teacher.digest)
     facts = [pipeline.facts(pipeline.SPECS["ptq_init"], config(seed), written) for seed in (0, 1)]
-    assert facts[0]["calibration text"] == self_generated.generated_digest(config(0), written)
-    assert facts[0]["calibration text"] != facts[1]["calibration text"]
+    assert facts[0]["self-generated text"] == self_generated.generated_digest(config(0), written)
+    assert facts[0]["self-generated text"] != facts[1]["self-generated text"]
+    assert "calibration text" not in facts[0]
 
+
+def test_behind_other_text(written: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher) -> None:
+    monkeypatch.setattr("lbllm_core.model.load.teacher_digest", lambda *_: tiny_teacher.digest)
+    plain = config(source="synthetic", sequences=8)
+    mixed = dataclasses.replace(plain, dataset=dataclasses.replace(plain.dataset, sequences=12, generated=4))
+    ids = tokens.calibration_tokens(mixed, tiny_teacher.tokenizer, written)
+    assert ids.shape == (12, 32)
+    assert torch.equal(ids[:8], tokens.calibration_tokens(plain, tiny_teacher.tokenizer))
+    assert torch.equal(ids[8:], self_generated.generated_tokens(config(sequences=4), written))
+    facts = [pipeline.facts(pipeline.SPECS["ptq_init"], c, written) for c in (plain, mixed)]
+    assert "self-generated text" not in facts[0]
+    assert facts[1]["self-generated text"] == self_generated.generated_digest(mixed, written)
+    assert "leaves none of dataset.sequences=12" in "".join(problems(dataclasses.replace(mixed, dataset=dataclasses.replace(mixed.dataset, generated=12))))
+
+
+def test_batches_side_by_side_write_the_same(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = self_generated.generated_tokens(config(sequences=40), written / "a")
+    monkeypatch.setattr(self_generated, "SIDE_BY_SIDE", {"cpu": 2})
+    together = self_generated.generated_tokens(config(sequences=40), written / "b")
+    assert float((alone == together).float().mean()) > 0.9  # products of other shapes round otherwise, and a token in a hundred may turn on that
 
 def test_a_teacher_that_fails_its_gate_writes_nothing(models_home: Path, tmp_path: Path) -> None:
     (models_home / "models").mkdir(parents=True, exist_ok=True)

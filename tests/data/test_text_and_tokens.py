@@ -57,7 +57,7 @@ def test_language_is_second_order_and_copies():
 def test_windows_are_encoded_once_in_a_process(symbols, root, monkeypatch):
     calls = []
     monkeypatch.setattr(tokens, "_encode_batch", lambda tokenizer, batch, real=tokens._encode_batch: calls.append(1) or real(tokenizer, batch))
-    monkeypatch.setattr(tokens, "_memory", {})
+    tokens._made.cache_clear()
     path = root / "a.txt"
     path.write_text(Language(0).text(4, 100, 1), encoding="utf-8")
     config = files_config("a.txt")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from lbllm_kernels import dispatch, reference
 
-from lbllm_core.evaluation.packed_check import check_integers
+from lbllm_core.evaluation.packed_check import check
 from lbllm_core.model import hf_integration
 from lbllm_core.model.packed import packed_linears
-from lbllm_core.model.packed_folder import load_packed, pack_student
+from lbllm_core.model.packed_folder import load_packed, open_packed, pack_student
 
 IDS = torch.arange(1, 41).view(2, 20)
 
@@ -74,7 +74,7 @@ def test_generation_and_the_final_check(folder, device):
     model = load_packed(folder, device)
     out = model.generate(IDS.to(device), max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert out.shape == (2, 25)
-    integers = check_integers(model, IDS.to(device))
+    integers, _ = check(open_packed(folder, device), IDS.to(device))
     assert integers.mismatches == 0
     assert integers.linears == 14
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,8 +11,10 @@ from lbllm_kernels import cpu, dispatch
 
 from lbllm_core.errors import GateError, LbllmError
 from lbllm_core.evaluation import packed_check, speed
+from lbllm_core.model.blocks import Decoder
 from lbllm_core.model.packed import packed_linears
-from lbllm_core.model.packed_folder import load_packed, pack_student
+from lbllm_core.model.packed_folder import PackedDecoder, load_packed, open_packed, pack_student
+from lbllm_core.model.student_block import fake_quant_block, fake_quant_model
 
 IDS = torch.arange(1, 41).view(2, 20)
 needs_build = pytest.mark.skipif(not cpu.library().levels, reason=cpu.library().reason)
@@ -23,13 +26,16 @@ def pair(scheme, make_teacher, make_student, make_fake, tmp_path):
     states = make_student(teacher, scheme)
     pack_student(teacher, states, tmp_path, scheme)
     packed, fake = load_packed(tmp_path), make_fake(teacher, states)
-    fake.get_input_embeddings().weight.copy_(packed.get_input_embeddings().weight)
-    return packed, fake
+    teacher.get_input_embeddings().weight.copy_(packed.get_input_embeddings().weight)
+    return packed, (Decoder(teacher), lambda index: fake.model.layers[index])
 
 
 @needs_build
-def test_a_sound_model_passes(pair):
-    integers, logits = packed_check.check_integers(pair[0], IDS), packed_check.check_logits(*pair, IDS)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_sound_model_passes(pair, streamed, tmp_path):
+    packed = open_packed(tmp_path) if streamed else PackedDecoder(pair[0])
+    integers, logits = packed_check.check(packed, IDS, *pair[1])
+    assert packed_check.check(packed, IDS) == (integers, None)
     assert integers.mismatches == 0
     assert integers.linears == 14
     assert integers.exact_paths
@@ -50,7 +56,7 @@ def test_a_wrong_sum_is_found_and_named(pair, monkeypatch):
         return acc
 
     monkeypatch.setattr(dispatch, "accumulate", wrong)
-    integers = packed_check.check_integers(pair[0], IDS)
+    integers, _ = packed_check.check(PackedDecoder(pair[0]), IDS)
     assert integers.mismatches == 2  # once for all tokens, once for the first alone
     assert integers.first == "model.layers.1.mlp.up_proj"
     with pytest.raises(GateError, match=r"layers\.1\.mlp\.up_proj"):
@@ -62,18 +68,53 @@ def test_a_wrong_linear_is_named(pair):
     dict(packed_linears(packed))["model.layers.0.mlp.down_proj"].row_scale.mul_(1.5)
     for _, linear in packed_linears(packed):
         linear.prepare()
-    logits = packed_check.check_logits(packed, fake, IDS)
+    integers, logits = packed_check.check(PackedDecoder(packed), IDS, *fake)
     assert logits.worst_linear == "model.layers.0.mlp.down_proj"
     assert logits.worst_linear_sqnr_db == pytest.approx(20 * math.log10(2), abs=0.1)
     with pytest.raises(GateError, match=r"below pack\.min_sqnr_db=60.*down_proj"):
-        packed_check.require(packed_check.check_integers(packed, IDS), logits, 60)
+        packed_check.require(integers, logits, 60)
+
+
+def whole_model_check(packed, fake, ids):
+    """The figures of the check from three passes of whole models, block by block with hooks: what streaming must not change."""
+    seen, contributions = {}, []
+
+    def keep(name):
+        return lambda _, arguments, output: seen.__setitem__(name, (arguments[0], output))
+
+    def force(name):
+        return lambda _, arguments: (seen[name][0], *arguments[1:])
+
+    def compare(name):
+        return lambda _, __, output: contributions.append(packed_check.sqnr_db(output - seen[name][0], seen[name][1] - seen[name][0]))
+
+    layers = list(enumerate(packed.model.layers))
+    handles = [layer.register_forward_hook(keep(i)) for i, layer in layers]
+    with torch.no_grad():
+        ours, free = packed(ids, use_cache=False).logits, fake(ids, use_cache=False).logits
+        handles += [layer.register_forward_pre_hook(force(i)) for i, layer in enumerate(fake.model.layers)]
+        handles += [layer.register_forward_hook(compare(i)) for i, layer in enumerate(fake.model.layers)]
+        forced = fake(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return packed_check.sqnr_db(forced, ours), packed_check.sqnr_db(free, ours), min(contributions)
+
+
+@pytest.mark.parametrize("kv_bits", [4, 16])
+def test_streaming_does_not_change_the_check(scheme, make_teacher, make_student, tmp_path, kv_bits):
+    teacher, scheme = make_teacher("qwen3", tied=False), dataclasses.replace(scheme, kv_bits=kv_bits)
+    states = make_student(teacher, scheme)
+    pack_student(teacher, states, tmp_path, scheme)
+    _, found = packed_check.check(open_packed(tmp_path), IDS, Decoder(teacher), lambda i: fake_quant_block(teacher.model.layers[i], states[i], kv_bits))
+    forced, free, worst = whole_model_check(load_packed(tmp_path), fake_quant_model(teacher, states, kv_bits), IDS)
+    assert (found.logits_sqnr_db, found.free_logits_sqnr_db, found.worst_block_sqnr_db) == pytest.approx((forced, free, worst), abs=0.01)
 
 
 def test_the_reference_path_says_that_it_compares_nothing(pair, monkeypatch):
     monkeypatch.setenv(dispatch.PATH_VARIABLE, "reference")
     for _, linear in packed_linears(pair[0]):
         linear.prepare()
-    integers = packed_check.check_integers(pair[0], IDS)
+    integers, _ = packed_check.check(PackedDecoder(pair[0]), IDS)
     assert not integers.exact_paths
     assert integers.paths == ("reference: LBLLM_KERNEL_PATH=reference",)
 

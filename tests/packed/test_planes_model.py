@@ -12,13 +12,13 @@ from lbllm_kernels.activation import ActFactors
 from safetensors.torch import load_file
 from test_hf_integration import SCRIPT
 
-from lbllm_core.evaluation.packed_check import check_integers, check_logits, require
+from lbllm_core.evaluation.packed_check import check, require
 from lbllm_core.export import dequantized
-from lbllm_core.model.blocks import SITES
+from lbllm_core.model.blocks import SITES, Decoder
 from lbllm_core.model.packed import packed_linears
-from lbllm_core.model.packed_folder import load_packed, pack_student
+from lbllm_core.model.packed_folder import load_packed, open_packed, pack_student
 from lbllm_core.model.student import state_from_tensors, state_tensors
-from lbllm_core.model.student_block import fake_quant_model
+from lbllm_core.model.student_block import fake_quant_block, fake_quant_model
 from lbllm_core.quant.weight import dequantize, to_outliers
 
 IDS = torch.arange(1, 41).view(2, 20)
@@ -58,8 +58,7 @@ def test_packed_is_emulated(mode, outliers, make_teacher, with_outliers, tmp_pat
     states = with_outliers(teacher, scheme)
     report = pack_student(teacher, states, tmp_path, scheme)
     packed = load_packed(tmp_path)
-    fake = fake_quant_model(teacher, states, 16)
-    require(check_integers(packed, IDS), check_logits(packed, fake, IDS), 60)
+    require(*check(open_packed(tmp_path), IDS, Decoder(teacher), lambda i: fake_quant_block(teacher.model.layers[i], states[i], 16)), 60)
     paths = {linear.prepared.choice.path for _, linear in packed_linears(packed)}
     reasons = {linear.prepared.choice.reason for _, linear in packed_linears(packed)}
     assert ("outliers" in report.bits.items) == (outliers > 0)

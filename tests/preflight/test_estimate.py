@@ -121,6 +121,48 @@ def test_the_limit_that_binds_and_the_refusal(seven_b: Shapes) -> None:
         preflight.require_fit(of(seven_b, False), Limits(64 * 10**9, 64 * 10**9, 0, 0, 10**13))
 
 
+def streamed(enabled: bool, streaming: str = "on") -> RunConfig:
+    base = compose(["experiment=paper_main_llama2_7b_w1p1a4"])
+    hardware = dataclasses.replace(base.hardware, device="cuda", streaming=streaming, hidden_tier="host", hidden_dtype="bf16")
+    return dataclasses.replace(base, hardware=hardware, end_to_end=dataclasses.replace(base.end_to_end, enabled=enabled))
+
+
+def test_streamed_steps_hold_two_blocks_and_stage_4_all_of_them(seven_b: Shapes) -> None:
+    found = {s.step: s for s in estimate(streamed(True), seven_b, RATES, True).steps if s.row == "final" or s.step == "evaluate_teacher"}
+    whole = {s.step: s for s in estimate(streamed(True, "off"), seven_b, RATES, True).steps if s.row == "final" or s.step == "evaluate_teacher"}
+    for step in ("evaluate_teacher", "pack_and_benchmark", "evaluate_model"):
+        assert found[step].device < 12e9 < 4 * seven_b.parameters < whole[step].device
+        assert found[step].host < 30e9
+    assert found["end_to_end"].device > 4 * seven_b.parameters
+
+
+def test_stage_4_of_a_streamed_model_is_refused_before_stage_1(seven_b: Shapes) -> None:
+    room = Limits(10**12, 10**12, 40 * 10**9, 40 * 10**9, 10**13)
+    config = streamed(True)
+    with pytest.raises(PreflightError) as caught:
+        preflight.require_whole(config, estimate(config, seven_b, RATES, True), room, Path("unused"))
+    assert str(caught.value).count("\n") == 0
+    for word in ("stage 4 trains the whole model at once", "GB of device memory", "40.0 GB are there", "end_to_end=off"):
+        assert word in str(caught.value)
+    preflight.require_whole(streamed(False), estimate(streamed(False), seven_b, RATES, True), room, Path("unused"))
+    preflight.require_whole(config, estimate(config, seven_b, RATES, True), dataclasses.replace(room, device=10**12), Path("unused"))
+    preflight.require_fit(estimate(streamed(False), seven_b, RATES, True), room)
+
+
+def test_text_of_a_teacher_that_does_not_fit_is_refused(seven_b: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbllm_core.data import self_generated
+
+    base = streamed(False)
+    config = dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, source="self_generated"))
+    found, written = estimate(config, seven_b, RATES, True), []
+    monkeypatch.setattr(self_generated, "is_written", lambda *_: bool(written))
+    with pytest.raises(PreflightError, match=r"whole teacher write, which needs about 27\.0 GB of device memory, and 20\.0 GB are there"):
+        preflight.require_whole(config, found, Limits(10**12, 10**12, 20 * 10**9, 20 * 10**9, 10**13), Path("unused"))
+    preflight.require_whole(config, found, Limits(10**12, 10**12, 40 * 10**9, 40 * 10**9, 10**13), Path("unused"))
+    written.append(1)
+    preflight.require_whole(config, found, Limits(10**12, 10**12, 20 * 10**9, 20 * 10**9, 10**13), Path("unused"))
+
+
 def test_limits_and_rates_are_measured_here(tmp_path: Path) -> None:
     hardware = resolve(HardwareConfig(device="cpu"))
     limits = machine.limits(hardware, tmp_path / "not" / "yet")
