@@ -26,6 +26,7 @@ from flows import lab_book, servers
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.errors import LbllmError
+from tasks.tracking import store_uri
 
 FLOW_PROCESS = ("-m", "flows.once")
 
@@ -98,7 +99,7 @@ def up(home: Path) -> int:
     """Prefect's server, MLflow's page and the served deployment; what already runs is left as it is."""
     with servers.one_at_a_time(home):
         wanted = servers.prefect_port()
-        servers.store_uri(home)  # one that cannot be is refused before anything is started
+        store_uri(home)  # one that cannot be is refused before anything is started
         machine = servers.elsewhere(home)
         if machine:
             raise servers.ServerError(f"{machine} runs the servers of this home; `make worker` takes work from them, or `make down` there first")
