@@ -83,6 +83,41 @@ __device__ __forceinline__ void load_rows(const Lut8CudaWeight& w, int first_row
   }
 }
 
+// A warp's sums into the block's.
+template <int kRows, int kNTiles>
+__device__ __forceinline__ void add_up(const int (&acc)[kRows][kNTiles][4], int tokens, int* sums) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = n * 8 + lane % 4 * 2 + i % 2, row = r * kTileRows + lane_row(lane, i / 2);
+        if (token < tokens) atomicAdd(&sums[token * kSumStride<kRows> + row], acc[r][n][i]);
+      }
+}
+
+// The block's sums, finished.
+template <int kRows>
+__device__ __forceinline__ void store_block(const Lut8CudaWeight& w, int tokens, const Output& o, const int* sums, const float* token_scale, const int* token_zero,
+                                            const RowNumbers<kRows>& numbers, int first_row) {
+  constexpr int rows = kRows * kTileRows;
+  for (int i = threadIdx.x; i < tokens * rows; i += blockDim.x) {
+    const int token = i / rows, r = i % rows, row = first_row + r;
+    if (row >= w.out) continue;
+    const int sum = sums[token * kSumStride<kRows> + r];
+    const int64_t at = static_cast<int64_t>(token) * w.out + row;
+    if (o.acc) {
+      o.acc[at] = sum;
+      continue;
+    }
+    float v = finish_one(sum, token_scale[token], token_zero[token], numbers.scale[r], numbers.sum[r]);
+    if (w.bias) v = __fadd_rn(v, numbers.bias[r]);
+    store_one(o, at, v);
+  }
+}
+
 // A block's slices of the weight that comes next.
 struct Ahead {
   int k_tiles;         // to prefetch of the block's own weight
@@ -168,32 +203,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo &
   }
   if (ahead.slice[0] && warp == warps - 1) prefetch_next(w, ahead);
 
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = n * 8 + lane % 4 * 2 + i % 2, row = r * kTileRows + lane_row(lane, i / 2);
-        if (token < t.m) atomicAdd(&sums[token * kSumStride<kRows> + row], acc[r][n][i]);
-      }
+  add_up<kRows, kNTiles>(acc, t.m, sums);
   if (!kFused && tid < t.m) token_scale[tid] = my_scale, token_zero[tid] = my_zero;
   __syncthreads();
-
-  constexpr int rows = kRows * kTileRows;
-  for (int i = tid; i < t.m * rows; i += blockDim.x) {
-    const int token = i / rows, r = i % rows, row = first_row_tile * kTileRows + r;
-    if (row >= w.out) continue;
-    const int sum = sums[token * kSumStride<kRows> + r];
-    const int64_t at = static_cast<int64_t>(token) * w.out + row;
-    if (o.acc) {
-      o.acc[at] = sum;
-      continue;
-    }
-    float v = finish_one(sum, token_scale[token], token_zero[token], numbers.scale[r], numbers.sum[r]);
-    if (w.bias) v = __fadd_rn(v, numbers.bias[r]);
-    store_one(o, at, v);
-  }
+  store_block<kRows>(w, t.m, o, sums, token_scale, token_zero, numbers, first_row_tile * kTileRows);
 }
 
 template <int kRows, bool kCodebook, bool kTwo>
@@ -208,8 +221,86 @@ cudaError_t decode_rows(const Lut8CudaWeight& w, const Tokens& t, const Output& 
   return cudaErrorInvalidValue;  // four row tiles x sixteen tokens do not fit the registers
 }
 
+// Small layers: at most kHeld k tiles a warp, one row tile a block. Behind the wait every instruction counts, because all warps go through it
+// at once; so the weights are expanded before it, while the quantizer is still at work. What is left are loads of tokens, products, and sums.
+constexpr int kHeld = 4;
+template <int kNTiles>
+constexpr int kEarlyWarps = kNTiles == 1 ? 10 : 8;  // at 96 registers two blocks of 8 warps leave the quantizer room
+
+template <int kNTiles, bool kCodebook, bool kTwo>
+__global__ void __launch_bounds__(32 * kEarlyWarps<kNTiles>, 2) early_kernel(Lut8CudaWeight w, Tokens t, Output o) {
+  __shared__ int sums[kNTiles * 8 * kSumStride<1>];
+  __shared__ __align__(16) int32_t table[kCodebook ? 256 : 1];
+  __shared__ RowNumbers<1> numbers;
+  __shared__ float token_scale[kNTiles * 8];
+  __shared__ int token_zero[kNTiles * 8];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid / 32, warps = blockDim.x / 32, row_tile = blockIdx.x;
+
+  WeightTile<1, kCodebook, kTwo> tile[kHeld];
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) tile[h].load(w, row_tile, warp + h * warps, lane);
+  if (kCodebook)
+    for (int i = tid; i < 64; i += blockDim.x) copy_async(shared_address(table + 4 * i), w.codebook + 4 * i);
+  if (!o.acc) load_rows<1>(w, row_tile * kTileRows, numbers);
+  copy_commit();
+  for (int i = tid; i < kNTiles * 8 * kSumStride<1>; i += blockDim.x) sums[i] = 0;
+  let_next_start();
+  const int8_t* q[kNTiles];  // of this lane's token columns
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n) q[n] = t.q + (min(n * 8 + lane / 4, t.m - 1) * w.k_tiles + warp) * kTileK + lane_channel(lane);
+  copy_wait<0>();
+  __syncthreads();  // the table, row numbers and zeros are there
+  uint32_t a[kHeld][4][4];
+  const uint32_t table_at = shared_address(table);
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    uint32_t words[2][2];
+    if (warp + h * warps < w.k_tiles) tile[h].levels[0].words(table_at, words);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t part[2][4];
+      expand(tile[h].codes[0], words, half, part);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[h][2 * half][i] = part[0][i], a[h][2 * half + 1][i] = part[1][i];
+    }
+  }
+  wait_for_previous();
+
+  if (tid < t.m && !o.acc) token_scale[tid] = t.scale[tid], token_zero[tid] = t.zero[tid];
+  int acc[2][1][kNTiles][4] = {};  // two chains
+#pragma unroll
+  for (int h = 0; h < kHeld; ++h) {
+    if (warp + h * warps >= w.k_tiles) break;
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n) {
+      const uint4* p = reinterpret_cast<const uint4*>(q[n] + h * warps * kTileK);
+      const uint4 low = p[0], high = p[1];
+      mma(acc[h % 2][0][n], a[h][0], low.x, low.y);
+      mma(acc[h % 2][0][n], a[h][1], low.z, low.w);
+      mma(acc[h % 2][0][n], a[h][2], high.x, high.y);
+      mma(acc[h % 2][0][n], a[h][3], high.z, high.w);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[0][0][n][i] += acc[1][0][n][i];
+  add_up<1, kNTiles>(acc[0], t.m, sums);
+  __syncthreads();
+  store_block<1>(w, t.m, o, sums, token_scale, token_zero, numbers, row_tile * kTileRows);
+}
+
+template <bool kCodebook, bool kTwo>
+cudaError_t early_any(const Lut8CudaWeight& w, const Tokens& t, const Output& o, const Plan& plan, cudaStream_t stream) {
+  const dim3 grid(w.row_tiles), block(32 * plan.warps);
+  if (kHeld * plan.warps < w.k_tiles || plan.warps > (t.m <= 8 ? kEarlyWarps<1> : kEarlyWarps<2>)) return cudaErrorInvalidValue;
+  if (t.m <= 8) return launch(early_kernel<1, kCodebook, kTwo>, grid, block, 0, plan.overlap, stream, w, t, o);
+  return launch(early_kernel<2, kCodebook, kTwo>, grid, block, 0, plan.overlap, stream, w, t, o);
+}
+
 template <bool kCodebook, bool kTwo>
 cudaError_t decode_any(const Lut8CudaWeight& w, const Tokens& t, const Output& o, const Plan& plan, cudaStream_t stream) {
+  if (plan.early) return early_any<kCodebook, kTwo>(w, t, o, plan, stream);
   if (plan.row_tiles == 1) return decode_rows<1, kCodebook, kTwo>(w, t, o, plan, stream);
   if (plan.row_tiles == 2) return decode_rows<2, kCodebook, kTwo>(w, t, o, plan, stream);
   if (plan.row_tiles == 3) return decode_rows<3, kCodebook, kTwo>(w, t, o, plan, stream);

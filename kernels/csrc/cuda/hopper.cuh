@@ -4,8 +4,9 @@
 // channels in its own order, so the quantizer writes each 128 channels in that order (layout.h, wgmma_word). While the tensor cores
 // work on one k tile, the warps expand the next into a second set of A registers; loads of tokens and of weights run two k tiles ahead.
 //
-// A block alone on its multiprocessor leaves the tensor cores waiting for its own chain of expand, multiply, wait. Where there are not two
-// blocks of 128 tokens for each multiprocessor, kSplit = 2 parts of 256 threads take every other k tile, and their sums meet in shared memory.
+// A block alone on its multiprocessor leaves the tensor cores waiting for its own chain of expand, multiply, wait. For products with so few
+// blocks there is kSplit = 2: parts of 256 threads with stages and a barrier of their own take every other k tile, like two blocks on one
+// multiprocessor, and their sums meet in shared memory.
 #pragma once
 #include "tiled.cuh"
 #include "wgmma.cuh"
@@ -64,11 +65,13 @@ __global__ void __launch_bounds__(256 * kSplit, kN == 128 && kSplit == 1 ? 2 : 1
   using S = HopperShape<kN, kSplit>;
   extern __shared__ __align__(128) int8_t memory[];
   __shared__ int32_t table[kCodebook ? 256 : 1];
-  const int lane = threadIdx.x & 31, warp = (kSplit == 1 ? threadIdx.x : threadIdx.x % S::kPart) / 32, part = kSplit == 1 ? 0 : threadIdx.x / S::kPart;
+  const int lane = threadIdx.x & 31, warp = (kSplit == 1 ? threadIdx.x : threadIdx.x % S::kPart) / 32;
+  const int part = kSplit == 1 ? 0 : __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / S::kPart, 0);  // the same in a warp, and known to be
   const int first_token = blockIdx.x * kN, first_row_tile = blockIdx.y * (S::kBlockRows / kTileRows), row_tile = first_row_tile + warp;
   const uint32_t raw = shared_address(memory), shared = (raw + 1023) & ~1023u, table_at = shared_address(table);
   const uint32_t stages = shared + part * S::kStages * S::kStageBytes;
-  const int steps = w.k_tiles / kSplit;  // of each part: step i is k tile i * kSplit + part
+  const int steps = kSplit == 1 ? w.k_tiles : (w.k_tiles - part + 1) / 2;  // step i of a part is k tile i * kSplit + part
+  const auto meet = [&] { kSplit == 1 ? __syncthreads() : part == 0 ? part_sync<1>(S::kPart) : part_sync<2>(S::kPart); };
 
   WeightTile<1, kCodebook, kTwo> even_tile, odd_tile;  // two k tiles ahead
   even_tile.load(w, row_tile, part, lane);
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(256 * kSplit, kN == 128 && kSplit == 1 ? 2 : 1
   const auto step = [&](int i, uint32_t (&now)[4][4], uint32_t (&next)[4][4], WeightTile<1, kCodebook, kTwo>& tile) {
     copy_wait<S::kStages - 3>();
     fence_async_proxy();
-    __syncthreads();
+    meet();
     multiply_hopper<kN>(acc, now, stages + i % S::kStages * S::kStageBytes, i);
     const int ahead = i + S::kStages - 2;
     if (ahead < steps) load_hopper_stage<kN>(w, t, first_token, ahead * kSplit + part, stages + ahead % S::kStages * S::kStageBytes);
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(256 * kSplit, kN == 128 && kSplit == 1 ? 2 : 1
 
   int* sums = reinterpret_cast<int*>(memory + (shared - raw));
   for (int turn = 0; turn < kSplit; ++turn) {
-    if (part == turn) {
+    if (part == turn && steps > 0) {  // with a single k tile the second part has nothing to add
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) {
         const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, row = warp * kTileRows + lane_row(lane, i / 2 % 2);
@@ -131,18 +134,11 @@ __global__ void __launch_bounds__(256 * kSplit, kN == 128 && kSplit == 1 ? 2 : 1
 }
 
 template <int kN, int kSplit, bool kCodebook>
-cudaError_t hopper_split(const Lut8CudaWeight& w, const Tokens& t, const Output& o, bool overlap, cudaStream_t stream) {
+cudaError_t hopper_shape(const Lut8CudaWeight& w, const Tokens& t, const Output& o, bool overlap, cudaStream_t stream) {
   using S = HopperShape<kN, kSplit>;
   const dim3 grid((t.m + kN - 1) / kN, (w.row_tiles * kTileRows + S::kBlockRows - 1) / S::kBlockRows), block(S::kThreads);
   if (w.groups_per_tile == 8) return launch(hopper_kernel<kN, kSplit, kCodebook, true>, grid, block, S::kShared, overlap, stream, w, t, o);
   return launch(hopper_kernel<kN, kSplit, kCodebook, false>, grid, block, S::kShared, overlap, stream, w, t, o);
-}
-
-// `blocks`: of 128 tokens; a number of k tiles that two parts cannot share is not split.
-template <int kN, bool kCodebook>
-cudaError_t hopper_shape(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int blocks, int multiprocessors, bool overlap, cudaStream_t stream) {
-  if (kN == 128 && blocks <= multiprocessors && w.k_tiles % 2 == 0) return hopper_split<kN, kN == 128 ? 2 : 1, kCodebook>(w, t, o, overlap, stream);
-  return hopper_split<kN, 1, kCodebook>(w, t, o, overlap, stream);
 }
 
 }  // namespace lut8

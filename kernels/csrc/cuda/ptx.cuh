@@ -48,6 +48,12 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A barrier for `threads` threads of the block (whole warps); 0 is __syncthreads' own number.
+template <int kNumber>
+__device__ __forceinline__ void part_sync(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
+}
+
 // Asks for `bytes` (a multiple of 16, at a 16-byte aligned place) to be in the L2 soon.
 __device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900

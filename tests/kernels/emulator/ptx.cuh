@@ -68,6 +68,11 @@ inline void copy_wait() {
   }
 }
 
+template <int kNumber>
+inline void part_sync(int threads) {
+  emulated::meet(emulated::parts[kNumber].arrived, emulated::parts[kNumber].generation, threads);
+}
+
 inline void prefetch_bulk(const void* global, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16 || bytes == 0) std::fprintf(stderr, "a bulk prefetch of %u bytes\n", bytes), std::abort();
 }
