@@ -35,9 +35,10 @@ for folder in (ROOT, ROOT / "kernels"):
 import torch  # noqa: E402
 from gpu_tables import paths_table, speed_table  # noqa: E402
 from gpu_timing import FACTORS, SHAPES, Clock, Shapes, bandwidth, dense_of, graph_us, ours_us, record, rotated, warm_up, weights_of  # noqa: E402
-from lbllm_core.report.kernel_tables import peers_table  # noqa: E402
 from lbllm_kernels import build_cuda, cuda  # noqa: E402
 from tune_gpu import probe_section, thresholds_section, tune_section  # noqa: E402
+
+from lbllm_core.report.kernel_tables import peers_table  # noqa: E402
 
 Records = Iterator[dict[str, Any]]
 DECODE_TOKENS = (1, 4, 8, 16)

@@ -35,8 +35,6 @@ class Trial:
     def takes(self, path: str, plan: cuda.Plan) -> bool:
         if cuda.refusal(path, self.tokens, self.weights[0]) is not None:
             return False
-        if path == "early":
-            return self.weights[0].padded <= cuda_plans.HELD_CHANNELS * plan.warps
         return self.tokens <= 8 or plan.row_tiles <= 3
 
     def run(self, named: list[Named]) -> None:
@@ -63,7 +61,7 @@ def cuts(path: str) -> list[Named]:
 def sliced_cuts(trial: Trial) -> list[Named]:
     """For the quantizer of small blocks: the cuts that leave it room, those that were best behind the large ones, and small layers' kernel."""
     plans = [plan for _, plan in cuts("decode") if plan.row_tiles <= 2 and plan.warps >= 8] + [plan for _, plan in trial.best("decode")]
-    return [("sliced", plan) for plan in plans] + [("early", cuda.Plan(1, warps, prefetch=0)) for warps in (8, 10) if trial.tokens <= 8 or warps == 8]
+    return [("sliced", plan) for plan in plans] + [("early", cuda.Plan(1, 8, prefetch=0))]
 
 
 def tune_shape(weights: list[cuda.CudaWeight], clock: Clock) -> dict[int, Trial]:

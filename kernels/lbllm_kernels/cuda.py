@@ -11,7 +11,7 @@ every argument before a pointer crosses.
 | `fused` | 1 (up to 8) | one: every block quantizes the tokens itself while its weights travel |
 | `decode` | up to 16 | two, overlapping on Hopper: quantizer, product |
 | `sliced` | up to 16 | as `decode`, the quantizer in small blocks that find room beside a running product |
-| `early` | up to 16, layers of up to 4096 channels (8 tokens: 5120) | as `sliced`, the weights expanded before the tokens are there |
+| `early` | up to 16, layers of up to 4096 channels | as `sliced`, the weights expanded before the tokens are there |
 | `narrow`, `middle`, `wide` | any (32, 64, 128 tokens a block) | two, likewise |
 | `hopper` (`hopper128`, `hopper256`, `hopper_split`) | any, on Hopper: wgmma | two, likewise; tokens in the order that wgmma reads |
 | `library` | more than 16 | expand to int8, cuBLASLt's int8 product, finish: kept to compare with |
@@ -51,7 +51,7 @@ PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5
 MOST_TOKENS = {"fused": 8, "decode": 16, "sliced": 16, "early": 16}
 FUSED_UP_TO = 1  # tokens that are cheaper to quantize again in every block than in a launch of their own
 HOPPER_FROM = 257  # tokens from which wgmma beats mma.sync
-EARLY_CHANNELS = tuple(warps * cuda_plans.HELD_CHANNELS for warps in cuda_plans.EARLY_WARPS)  # up to 8 tokens, above
+EARLY_CHANNELS = cuda_plans.EARLY_WARPS * cuda_plans.HELD_CHANNELS
 FUSED_BYTES = 88 << 10  # with what the kernels declare themselves: what every covered device gives a block
 OVERLAP_PAIR, OVERLAP_PREVIOUS, WGMMA_ORDER, SMALL_BLOCKS = 1, 2, 4, 8  # previous: only when the weight's tensors were complete before the kernel that ran last
 
@@ -182,8 +182,8 @@ def refusal(path: str, tokens: int, weight: CudaWeight) -> str | None:
         return f"path 'library' takes more than {MOST_TOKENS['decode']} tokens, got {tokens}"
     if path == "fused" and tokens * (weight.padded + 16) > FUSED_BYTES:
         return f"path 'fused' holds its tokens in {FUSED_BYTES} bytes of shared memory; {tokens} of {weight.padded} channels are more"
-    if path == "early" and weight.padded > EARLY_CHANNELS[tokens > 8]:
-        return f"path 'early' holds {EARLY_CHANNELS[tokens > 8]} channels in registers with {tokens} tokens; the layer has {weight.padded}"
+    if path == "early" and weight.padded > EARLY_CHANNELS:
+        return f"path 'early' holds {EARLY_CHANNELS} channels in registers; the layer has {weight.padded}"
     return None
 
 

@@ -28,7 +28,7 @@ Row = tuple[int, int, str, int, str, int, int, int]
 FEW = 16  # tokens of a decode launch
 FUSED = 8
 HELD_CHANNELS = 512  # that a warp of an `early` launch can hold
-EARLY_WARPS = (10, 8)  # that such a launch can have, up to FUSED tokens and above
+EARLY_WARPS = 8  # that such a launch can have
 _PATHS = ("fused", "decode", "sliced", "early", "narrow", "middle", "wide", "hopper128", "hopper256", "hopper_split")
 
 
@@ -57,9 +57,9 @@ def parse(text: str) -> dict[str, list[Row]]:
 def _good(row: list[Any]) -> bool:
     if len(row) != 8 or not all(isinstance(row[i], int) for i in (0, 1, 3, 5, 6, 7)) or row[4] not in _PATHS:
         return False
-    if row[4] == "early" and not (row[3] <= FEW and row[1] <= HELD_CHANNELS * row[6] and row[6] <= EARLY_WARPS[row[3] > FUSED]):
+    if row[4] == "early" and not (row[3] <= FEW and row[1] <= HELD_CHANNELS * row[6] and row[3] / 2 <= row[6] <= EARLY_WARPS):
         return False  # no other cut holds such a layer
-    return 0 <= row[5] <= 4 and 0 <= row[6] <= 16
+    return bool(0 <= row[5] <= 4 and 0 <= row[6] <= 16)
 
 
 def load(path: Path = FILE) -> dict[str, list[Row]]:

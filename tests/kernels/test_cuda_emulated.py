@@ -127,7 +127,7 @@ def test_decode_sums_are_exact(emulated, m, out, n, group, mode, rows, warps, se
 
 @given(
     st.integers(1, 16), st.integers(1, 40), st.integers(1, 1500), st.sampled_from(cuda_layout.GROUP_SIZES), st.sampled_from(["explicit", "codebook"]),
-    st.sampled_from([0, 3, 5, 8]), st.integers(0, 99),
+    st.sampled_from([0, 8]), st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_early_sums_are_exact(emulated, m, out, n, group, mode, warps, seed):
@@ -137,7 +137,7 @@ def test_early_sums_are_exact(emulated, m, out, n, group, mode, warps, seed):
     assert torch.equal(sums(emulated, packed, q, "early", 1, warps), reference.accumulate(q, packed))
 
 
-@pytest.mark.parametrize(("m", "n", "warps"), [(8, 5121, 10), (9, 4097, 8), (9, 1024, 10), (1, 513, 1)])
+@pytest.mark.parametrize(("m", "n", "warps"), [(8, 4097, 8), (1, 1024, 9), (1, 513, 1), (9, 512, 4)])
 def test_early_refuses_what_it_cannot_hold(emulated, m, n, warps):
     weight = Weight(random_packed(16, n, 32, "codebook", 0))
     q, acc = torch.zeros(m, weight.padded, dtype=torch.int8), torch.zeros(m, 16, dtype=torch.int32)

@@ -223,17 +223,14 @@ cudaError_t decode_rows(const Lut8CudaWeight& w, const Tokens& t, const Output& 
 
 // Small layers: at most kHeld k tiles a warp, one row tile a block. Behind the wait every instruction counts, because all warps go through it
 // at once; so the weights are expanded before it, while the quantizer is still at work. What is left are loads of tokens, products, and sums.
-constexpr int kHeld = 4;
-template <int kNTiles>
-constexpr int kEarlyWarps = kNTiles == 1 ? 10 : 8;  // at 96 registers two blocks of 8 warps leave the quantizer room
+// A k tile beyond the last has zeros for weights and the last one's tokens, so that no branch comes between the loads.
+constexpr int kHeld = 4, kEarlyWarps = 8;  // two blocks a multiprocessor, at 128 registers
 
 template <int kNTiles, bool kCodebook, bool kTwo>
-__global__ void __launch_bounds__(32 * kEarlyWarps<kNTiles>, 2) early_kernel(Lut8CudaWeight w, Tokens t, Output o) {
+__global__ void __launch_bounds__(32 * kEarlyWarps, 2) early_kernel(Lut8CudaWeight w, Tokens t, Output o) {
   __shared__ int sums[kNTiles * 8 * kSumStride<1>];
   __shared__ __align__(16) int32_t table[kCodebook ? 256 : 1];
-  __shared__ RowNumbers<1> numbers;
-  __shared__ float token_scale[kNTiles * 8];
-  __shared__ int token_zero[kNTiles * 8];
+  __shared__ uint32_t kept[32 * kEarlyWarps];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid / 32, warps = blockDim.x / 32, row_tile = blockIdx.x;
 
   WeightTile<1, kCodebook, kTwo> tile[kHeld];
@@ -241,20 +238,30 @@ __global__ void __launch_bounds__(32 * kEarlyWarps<kNTiles>, 2) early_kernel(Lut
   for (int h = 0; h < kHeld; ++h) tile[h].load(w, row_tile, warp + h * warps, lane);
   if (kCodebook)
     for (int i = tid; i < 64; i += blockDim.x) copy_async(shared_address(table + 4 * i), w.codebook + 4 * i);
-  if (!o.acc) load_rows<1>(w, row_tile * kTileRows, numbers);
   copy_commit();
   for (int i = tid; i < kNTiles * 8 * kSumStride<1>; i += blockDim.x) sums[i] = 0;
+  // Each thread finishes one output at most: what that needs of its row.
+  const int token = tid / kTileRows, row = row_tile * kTileRows + tid % kTileRows;
+  const bool mine = token < t.m && row < w.out, finished = mine && !o.acc;
+  const float row_scale = finished ? __ldg(w.row_scale + row) : 0.0f, bias = finished && w.bias ? __ldg(w.bias + row) : 0.0f;
+  const int row_sum = finished ? __ldg(w.row_sum + row) : 0;
+  const int64_t at = static_cast<int64_t>(token) * w.out + row;
   let_next_start();
-  const int8_t* q[kNTiles];  // of this lane's token columns
+  const uint4* q[kNTiles][kHeld];  // this lane's token columns
 #pragma unroll
-  for (int n = 0; n < kNTiles; ++n) q[n] = t.q + (min(n * 8 + lane / 4, t.m - 1) * w.k_tiles + warp) * kTileK + lane_channel(lane);
+  for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      const int column = min(n * 8 + lane / 4, t.m - 1) * w.k_tiles + min(warp + h * warps, w.k_tiles - 1);
+      q[n][h] = reinterpret_cast<const uint4*>(t.q + column * kTileK + lane_channel(lane));
+    }
+  const uint32_t table_at = shared_address(table), into = shared_address(sums) + (lane % 4 * 2 * kSumStride<1> + lane / 4) * 4;
   copy_wait<0>();
-  __syncthreads();  // the table, row numbers and zeros are there
-  uint32_t a[kHeld][4][4];
-  const uint32_t table_at = shared_address(table);
+  __syncthreads();  // the table and the zeros are there
+  uint32_t a[kHeld][4][4], mixed = 0;
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
-    uint32_t words[2][2];
+    uint32_t words[2][2] = {};
     if (warp + h * warps < w.k_tiles) tile[h].levels[0].words(table_at, words);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -263,37 +270,53 @@ __global__ void __launch_bounds__(32 * kEarlyWarps<kNTiles>, 2) early_kernel(Lut
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[h][2 * half][i] = part[0][i], a[h][2 * half + 1][i] = part[1][i];
     }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) mixed ^= a[h][i / 4][i % 4];
   }
+  store_shared(shared_address(kept + tid), mixed);  // else the assembler puts all of this behind the wait, where it is used
   wait_for_previous();
 
-  if (tid < t.m && !o.acc) token_scale[tid] = t.scale[tid], token_zero[tid] = t.zero[tid];
-  int acc[2][1][kNTiles][4] = {};  // two chains
+  const float scale = finished ? t.scale[token] : 0.0f;
+  const int zero = finished ? t.zero[token] : 0;
+  int acc[2][kNTiles][4] = {};  // two chains
+  constexpr int together = kHeld / kNTiles;
 #pragma unroll
-  for (int h = 0; h < kHeld; ++h) {
-    if (warp + h * warps >= w.k_tiles) break;
+  for (int from = 0; from < kHeld; from += together) {
+    uint4 b[together][kNTiles][2];
 #pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-      const uint4* p = reinterpret_cast<const uint4*>(q[n] + h * warps * kTileK);
-      const uint4 low = p[0], high = p[1];
-      mma(acc[h % 2][0][n], a[h][0], low.x, low.y);
-      mma(acc[h % 2][0][n], a[h][1], low.z, low.w);
-      mma(acc[h % 2][0][n], a[h][2], high.x, high.y);
-      mma(acc[h % 2][0][n], a[h][3], high.z, high.w);
-    }
+    for (int h = 0; h < together; ++h)
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) b[h][n][0] = q[n][from + h][0], b[h][n][1] = q[n][from + h][1];
+#pragma unroll
+    for (int h = 0; h < together; ++h)
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          mma(acc[h % 2][n], a[from + h][2 * half], b[h][n][half].x, b[h][n][half].y);
+          mma(acc[h % 2][n], a[from + h][2 * half + 1], b[h][n][half].z, b[h][n][half].w);
+        }
   }
 #pragma unroll
   for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[0][0][n][i] += acc[1][0][n][i];
-  add_up<1, kNTiles>(acc[0], t.m, sums);
+    for (int i = 0; i < 4; ++i)  // columns beyond the last token add up to what nobody reads
+      add_shared(into + ((n * 8 + i % 2) * kSumStride<1> + lane_row(0, i / 2)) * 4, acc[0][n][i] + acc[1][n][i]);
   __syncthreads();
-  store_block<1>(w, t.m, o, sums, token_scale, token_zero, numbers, row_tile * kTileRows);
+  if (!mine) return;
+  const int sum = sums[token * kSumStride<1> + tid % kTileRows];
+  if (o.acc) {
+    o.acc[at] = sum;
+    return;
+  }
+  const float v = finish_one(sum, scale, zero, row_scale, row_sum);
+  store_one(o, at, w.bias ? __fadd_rn(v, bias) : v);
 }
 
 template <bool kCodebook, bool kTwo>
 cudaError_t early_any(const Lut8CudaWeight& w, const Tokens& t, const Output& o, const Plan& plan, cudaStream_t stream) {
   const dim3 grid(w.row_tiles), block(32 * plan.warps);
-  if (kHeld * plan.warps < w.k_tiles || plan.warps > (t.m <= 8 ? kEarlyWarps<1> : kEarlyWarps<2>)) return cudaErrorInvalidValue;
+  if (kHeld * plan.warps < w.k_tiles || 2 * plan.warps < t.m || plan.warps > kEarlyWarps) return cudaErrorInvalidValue;
   if (t.m <= 8) return launch(early_kernel<1, kCodebook, kTwo>, grid, block, 0, plan.overlap, stream, w, t, o);
   return launch(early_kernel<2, kCodebook, kTwo>, grid, block, 0, plan.overlap, stream, w, t, o);
 }

@@ -56,7 +56,7 @@ namespace {
 Plan choose(const Lut8CudaWeight& w, int m, Plan plan, int multiprocessors) {
   if (plan.early) {
     plan.row_tiles = 1;
-    if (plan.warps < 1) plan.warps = std::max(4, (w.k_tiles + kHeld - 1) / kHeld);
+    if (plan.warps < 1) plan.warps = std::max({4, (w.k_tiles + kHeld - 1) / kHeld, (m + 1) / 2});
     return plan;
   }
   if (plan.row_tiles < 1 || plan.row_tiles > 4) {

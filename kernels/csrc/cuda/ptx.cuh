@@ -39,6 +39,9 @@ __device__ __forceinline__ uint4 load_shared_four(uint32_t at) {
   return v;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+__device__ __forceinline__ void add_shared(uint32_t at, int v) { asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
