@@ -94,10 +94,15 @@ def activations(m: int, k: int) -> torch.Tensor:
     return torch.randn(m, k, dtype=torch.float16, device="cuda")
 
 
+def first_call(layers: list[Any], m: int, k: int) -> None:
+    """What compiles and tunes: may take minutes, and may be interrupted, which the recording of a graph may not."""
+    layers[0](activations(m, k))
+    torch.cuda.synchronize()
+
+
 def library_us(layers: list[Any], m: int, k: int) -> float:
-    """Time of one call; the first call of all, which tunes, is not in it."""
+    """Time of one call after the first."""
     x = activations(m, k)
-    layers[0](x)
     return graph_us(rotated(layers, lambda layer: layer(x)), 9)
 
 
@@ -164,7 +169,8 @@ def library_rows(
                 try:
                     with limit(until - start):
                         made = made or layers_of(n, k)
-                        us = library_us(made, m, k)
+                        first_call(made, m, k)
+                    us = library_us(made, m, k)
                 except OverTime:
                     pass
                 except Exception as error:  # a foreign package may fail in any way; the run goes on and says so
@@ -216,5 +222,4 @@ def measure(clock: Clock, tokens: Sequence[int] = TOKENS, shapes: Shapes = SHAPE
 
 if __name__ == "__main__":  # one row, not timed
     name, n, k, m = sys.argv[1], *map(int, sys.argv[2:5])
-    LIBRARIES[name].layers(n, k)[0](activations(m, k))
-    torch.cuda.synchronize()
+    first_call(LIBRARIES[name].layers(n, k)[:1], m, k)
