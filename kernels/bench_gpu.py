@@ -99,6 +99,7 @@ def prefill_section(clock: Clock, shapes: Shapes = (), counts: tuple[int, ...] =
                     tokens = cuda.quantize(x, FACTORS, path=path)
                     if not torch.equal(cuda.linear(tokens, weights[0], torch.float16, path=path), expected):
                         clock.say(f"WRONG: {path} with {m} tokens, {n} x {k} {mode} G={group}")
+                        yield {**record("ours", 0.0, n, k, m, group_size=group, level_mode=mode, path=path), "name": "wrong_output"}
                         continue
                     us[path] = graph_us(rotated(weights, lambda w, p=path, t=tokens: cuda.linear(t, w, torch.float16, path=p), 8), 9)
                 quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 8, 9)
@@ -280,7 +281,7 @@ def main(arguments: list[str]) -> int:
                 keep.add(made)
             torch.cuda.empty_cache()
     keep.write()
-    kernels = [r for r in keep.records if r["name"] == "kernel_us"]
+    kernels = [r for r in keep.records if r["name"] in ("kernel_us", "wrong_output")]
     beside = [peers_table(keep.records)] if "peers" in names else []
     for text in (speed_table(kernels), paths_table(kernels), *beside):
         if text:

@@ -43,11 +43,15 @@ def speed_table(records: Records) -> str:
 
 
 def paths_table(records: Records) -> str:
-    """Microseconds of each path above 16 tokens (quantizer apart), cuBLAS fp16 and cuBLASLt int8 beside them; empty where none was timed."""
+    """Microseconds of each path above 16 tokens (quantizer apart), cuBLAS fp16 and cuBLASLt int8 beside them; empty where none was timed.
+
+    A path whose output differed from another's is marked, not timed.
+    """
     timed = [r for r in records if r["name"] == "kernel_us"]
     ours = [r for r in timed if r["op"] == "ours" and "best" in r]
+    wrong = {(r["n"], r["k"], r["level_mode"], r["group_size"], r["m"], r["path"]) for r in records if r["name"] == "wrong_output"}
     others = {(r["op"], r["n"], r["k"], r["m"]): r["value"] for r in timed if r["op"] in ("cublas_fp16", "cublaslt_int8")}
-    paths = list(dict.fromkeys(r["path"] for r in ours))
+    paths = list(dict.fromkeys([*(r["path"] for r in ours), *(key[-1] for key in wrong)]))
     if not paths:
         return ""
     lines = ["| N x K | levels | M | cuBLAS fp16 | cuBLASLt int8 | " + " | ".join(paths) + " | best |", "|---|---|" + "---:|" * (len(paths) + 4)]
@@ -56,6 +60,7 @@ def paths_table(records: Records) -> str:
         base, int8 = (others.get((op, n, k, m)) for op in ("cublas_fp16", "cublaslt_int8"))
         best = min(us, key=us.__getitem__)
         cells = ["-" if value is None else f"{value:.1f}" for value in (base, int8, *(us.get(path) for path in paths))]
+        cells = cells[:2] + ["WRONG" if (n, k, mode, group, m, path) in wrong else cell for path, cell in zip(paths, cells[2:], strict=True)]
         ratio = "" if base is None else f" {base / us[best]:.2f}x" + ("!" if base / us[best] < TARGETS.get((n, k), {}).get(m, 0) else "")
         lines.append(f"| {n} x {k} | {mode} G={group} | {m} | " + " | ".join(cells) + f" | {best}{ratio} |")
     return "\n".join(lines)

@@ -100,6 +100,8 @@ def test_tables_of_the_gpu_script():
     ]  # fmt: skip
     assert "| 4096 x 4096 | explicit G=128 | 512 | 27.0 | 25.0 | 32.0 | 20.0 | hopper_split 1.35x |" in tables.paths_table(records)
     assert "20.0 us, 1.35x |" in tables.speed_table(records)
+    wrong = {**shape, "name": "wrong_output", "op": "ours", "value": 0.0, "level_mode": "explicit", "group_size": 128, "path": "hopper256"}
+    assert "| 32.0 | 20.0 | WRONG | hopper_split 1.35x |" in tables.paths_table([*records, wrong])
     missed = [{**r, "value": 50.0} if r.get("path") else r for r in records]
     assert "0.54x!" in tables.paths_table(missed)
     assert "0.54x!" in tables.speed_table(missed)
