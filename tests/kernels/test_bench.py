@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from kernel_scripts import load
@@ -106,3 +107,35 @@ def test_tables_of_the_gpu_script():
     assert "0.54x!" in tables.paths_table(missed)
     assert "0.54x!" in tables.speed_table(missed)
     assert tables.paths_table(records[:2]) == tables.speed_table(records[:2]) == ""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`bench_gpu.py` with stand-ins for everything that needs a GPU; a call's time is its number of characters of path."""
+    module = load("bench_gpu")
+    randn = module.torch.randn
+    monkeypatch.setattr(module.torch, "randn", lambda *shape, **kwargs: randn(1, 1))
+    monkeypatch.setattr(module, "dense_of", lambda n, k: [None] * 4)
+    monkeypatch.setattr(module, "weights_of", lambda *a: [object()])
+    monkeypatch.setattr(module, "graph_us", lambda calls, replays=15: 10.0)
+    monkeypatch.setattr(module.cuda, "quantize", lambda *a, **k: SimpleNamespace(q=None))
+    monkeypatch.setattr(module.cuda, "expanded", lambda weight: None)
+    monkeypatch.setattr(module.cuda, "forward", lambda *a, path: module.torch.zeros(1))
+    monkeypatch.setattr(module.cuda, "linear", lambda *a, path: module.torch.zeros(1) + (path == "hopper256"))
+    return module
+
+
+def test_paths_of_some_hundred_tokens_side_by_side(gpu):
+    clock = gpu.Clock(1)
+    records = list(gpu.sections(())["split"](clock))
+    lines = load("gpu_tables").paths_table(records).splitlines()
+    assert lines[0] == "| N x K | levels | M | cuBLAS fp16 | cuBLASLt int8 | narrow | hopper128 | hopper_split | hopper256 | best |"
+    assert len(lines) == 2 + len(gpu.FEW_BLOCKS) * len(gpu.SPLIT_TOKENS) * 2 + 3  # shapes x tokens x two or three kinds of levels
+    assert "| 4096 x 4096 | explicit G=128 | 512 | 10.0 | 10.0 | - | 10.0 | 10.0 | WRONG | hopper128 1.00x |" in lines
+    assert len(list(gpu.sections(gpu.shapes_of("64x64,64x128"))["split"](clock))) > 0
+
+
+@pytest.mark.parametrize("text", ["4096", "4096x", "axb", "1x2x3", "0x4"])
+def test_shapes_that_are_none_are_refused(gpu, text):
+    with pytest.raises(ValueError, match=r"."):
+        gpu.shapes_of(text)
