@@ -138,11 +138,17 @@ __device__ __forceinline__ void prefetch_next(const Lut8CudaWeight& w, const Ahe
 }
 
 // Two blocks of most warps fit a multiprocessor at 64 registers a thread: then the next layer's can start early. Where that would spill, one.
+// (`kWide`: registers for two level words a group; on Blackwell those that pick them from a table do not fit either.)
+#if __CUDA_ARCH__ >= 1000
+constexpr bool kTableIsWide = true;
+#else
+constexpr bool kTableIsWide = false;
+#endif
 template <int kRows, int kNTiles, bool kWide>
 constexpr int kBlocks = kNTiles == 1 && (kRows == 1 || (kRows == 2 && !kWide)) ? 2 : 1;
 
 template <int kRows, int kNTiles, bool kCodebook, bool kTwo, bool kFused>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo && !kCodebook>) decode_kernel(Lut8CudaWeight w, Tokens t, Output o, Ahead ahead) {
+__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo && (!kCodebook || kTableIsWide)>) decode_kernel(Lut8CudaWeight w, Tokens t, Output o, Ahead ahead) {
   extern __shared__ __align__(16) int8_t fused_q[];
   __shared__ int sums[kNTiles * 8 * kSumStride<kRows>];
   __shared__ __align__(16) int32_t table[kCodebook ? 256 : 1];
