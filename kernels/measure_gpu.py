@@ -67,7 +67,7 @@ GROUPS: tuple[tuple[Part, ...], ...] = (  # parts of a group run side by side; o
     (bench("correctness", 110, 3),),
     (bench("small", 45, 3),),
     (bench("split", 45, 0.6),),
-    (bench("tune", 90, 1.15),),
+    (bench("tune", 120, 1.6),),
     (bench("decode", 65, 0.8),),
     (bench("prefill", 75, 0.9),),
     (bench("model", 110, 1.3, "--decode-out", "{out}/part_model.json"),),
