@@ -91,7 +91,8 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, title
     """One line a name, from (x, y) pairs, such as the error of each block. `log`: logarithmic y when every value is positive."""
     figure, axes = _figure(6.4, 3.6)
     for index, (name, points) in enumerate(lines.items()):
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, color=COLOURS[index % len(COLOURS)], marker="o", markersize=3, linewidth=1.2)
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker="o", markersize=3, linewidth=1.2, **style)
     if log and all(y > 0 for points in lines.values() for _, y in points):
         axes.set_yscale("log")
     if log_x:
