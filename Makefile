@@ -16,11 +16,11 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test generate export up down status config lint kernels tables clean
-.PHONY: sweep sweep-status sweep-retry worker compare screenshots test-browser bench-desk
+.PHONY: sweep sweep-status sweep-retry worker compare screenshots test-browser bench bench-desk
 export PROMPT ONLY
 # two processes, each with the tests of whole files: a file's tests share what they built
 AT_ONCE := -n 2 --dist loadfile
-.PHONY: preflight doctor test-faults test-long docs
+.PHONY: preflight doctor test-faults test-cuda test-long docs
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ test-faults: kernels ## break things on purpose (kills, full disk, damage, clock
 	@$(PY) tests/faults/suite.py --only "$$ONLY" --moments "$(or $(MOMENTS),20)" --record results/faults.json
 	@$(PY) -m lbllm_core.report.pages docs
 
+test-cuda: kernels ## the CUDA code for every architecture (80, 86, 89, 90a, 100a, 120a): compiles, uses tensor cores, spills nothing; needs nvcc, no GPU
+	@LBLLM_LONG_TESTS=1 $(PY) -m pytest tests/kernels/test_cuda_build.py --durations=8
+
 test-long: kernels ## everything: all tests with many more examples, the browser's where there is one, then the fault suite
 	@LBLLM_LONG_TESTS=1 $(PY) -m pytest
 	@$(MAKE) test-faults
@@ -105,6 +108,9 @@ screenshots: $(STAMP) ## pictures of a sweep in MLflow and Prefect, into docs/pi
 
 test-browser: kernels ## the desk in a real browser: a sweep of six small cells, MLflow's and Prefect's pages, the report (needs chromium and chromium-driver)
 	@$(PY) -m pytest tests/e2e/desk_in_browser.py $(TESTS)
+
+bench: kernels ## speed of the packed format here, by shape and tokens and of whole models: JSON, tables, plot in build/bench; RECORD=1 keeps it in results/
+	@$(PY) kernels/bench.py $(if $(RECORD),--record) $(ARGS)
 
 bench-desk: $(STAMP) ## 200 runs of 500 metrics in a store of their own: how long a comparison takes; RECORD=1 keeps it in results/desk.json
 	@$(PY) tests/e2e/bench_desk.py --time-left $(if $(RECORD),--record results/desk.json)
