@@ -16,11 +16,11 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help install run test generate export up down status config lint kernels tables clean
-.PHONY: sweep sweep-status sweep-retry compare screenshots test-browser bench-desk
+.PHONY: sweep sweep-status sweep-retry worker compare screenshots test-browser bench bench-desk
 export PROMPT ONLY
 # two processes, each with the tests of whole files: a file's tests share what they built
 AT_ONCE := -n 2 --dist loadfile
-.PHONY: preflight doctor test-faults test-long docs
+.PHONY: preflight doctor test-faults test-cuda test-long docs
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -47,14 +47,17 @@ run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... s
 config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for machines that run `python -m lbllm_core.run --config`
 	@$(PY) -m flows.launch config $(ARGS)
 
-sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name QUESTION="..." ARGS='section.field=value'
-	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --question "$$QUESTION" --overrides $(ARGS)
+sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name QUESTION="..." ARGS='section.field=value'; POOL=lbllm: by workers
+	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --question "$$QUESTION" --pool "$$POOL" --overrides $(ARGS)
 
 sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last one
 	@$(PY) -m flows.sweep status --sweep "$$SWEEP"
 
 sweep-retry: kernels ## the same sweep again, what failed or was stopped: SWEEP=name, without it the last one
-	@$(PY) -m flows.sweep retry --sweep "$$SWEEP"
+	@$(PY) -m flows.sweep retry --sweep "$$SWEEP" --pool "$$POOL"
+
+worker: kernels ## take cells of sweeps from a work pool, one at a time, until stopped; on any number of machines (docs/howto.md): POOL=lbllm
+	@$(PY) -m flows.worker --pool "$(or $(POOL),lbllm)"
 
 compare: $(STAMP) ## a report of the runs side by side (HTML, Markdown, pictures): SWEEP=name, without it all of them
 	@$(PY) -m flows.compare "$$SWEEP"
@@ -71,6 +74,9 @@ test: kernels ## all tests, within ten minutes on two cores; TESTS=tests/conf fo
 test-faults: kernels ## break things on purpose (kills, full disk, damage, clock ...) and record what is left: ONLY=kind,kind MOMENTS=20; an hour
 	@$(PY) tests/faults/suite.py --only "$$ONLY" --moments "$(or $(MOMENTS),20)" --record results/faults.json
 	@$(PY) -m lbllm_core.report.pages docs
+
+test-cuda: kernels ## the CUDA code for every architecture (80, 86, 89, 90a, 100a, 120a): compiles, uses tensor cores, spills nothing; needs nvcc, no GPU
+	@LBLLM_LONG_TESTS=1 $(PY) -m pytest tests/kernels/test_cuda_build.py --durations=8
 
 test-long: kernels ## everything: all tests with many more examples, the browser's where there is one, then the fault suite
 	@LBLLM_LONG_TESTS=1 $(PY) -m pytest
@@ -104,6 +110,9 @@ screenshots: $(STAMP) ## pictures of a sweep in MLflow and Prefect, into docs/pi
 
 test-browser: kernels ## the desk in a real browser: a sweep of six small cells, MLflow's and Prefect's pages, the report (needs chromium and chromium-driver)
 	@$(PY) -m pytest tests/e2e/desk_in_browser.py $(TESTS)
+
+bench: kernels ## speed of the packed format here, by shape and tokens and of whole models: JSON, tables, plot in build/bench; RECORD=1 keeps it in results/
+	@$(PY) kernels/bench.py $(if $(RECORD),--record) $(ARGS)
 
 bench-desk: $(STAMP) ## 200 runs of 500 metrics in a store of their own: how long a comparison takes; RECORD=1 keeps it in results/desk.json
 	@$(PY) tests/e2e/bench_desk.py --time-left $(if $(RECORD),--record results/desk.json)

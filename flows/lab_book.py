@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from flows import servers
 from lbllm_core.report.runs import RunRow, differences
-from tasks.tracking import share_columns, store_uri
+from tasks.tracking import share_columns, store_exists, store_file, store_uri
 
 STATES = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "stopped", "SCHEDULED": "running"}
 ARTIFACT_TAG = "lbllm.artifact."
@@ -44,23 +44,24 @@ class StoredRun:
 
 def read_rows(home: Path, sweep: str = "") -> list[RunRow]:
     """The runs in a home's lab book, oldest first; with `sweep` only its own. Empty when there is no lab book yet."""
-    if not (home / "mlflow.db").exists():
+    if not store_exists(home):
         return []
     try:
-        found = runs_by_sql(home)
+        file = store_file(home)
+        found = runs_by_sql(file) if file else runs_by_client(home)
     except sqlite3.OperationalError:  # another version's tables, or a store that is busy
         found = runs_by_client(home)
     wanted = [run for run in found if (run.tags.get("lbllm.sweep") == sweep if sweep else run.tags.get("lbllm.config"))]
     return newest([_row(run, home) for run in wanted])
 
 
-def runs_by_sql(home: Path) -> list[StoredRun]:
-    """All runs that are not deleted, straight from MLflow's tables: a tenth of the time that its client takes for many metrics.
+def runs_by_sql(file: Path) -> list[StoredRun]:
+    """All runs that are not deleted, straight from the tables in MLflow's sqlite file: a tenth of the time that its client takes for many metrics.
 
     Raises sqlite3.OperationalError when the tables are not those of the versions that we know.
     """
     active = "JOIN runs r ON r.run_uuid = v.run_uuid WHERE r.lifecycle_stage = 'active'"
-    with closing(sqlite3.connect(f"{(home / 'mlflow.db').as_uri()}?mode=ro", uri=True, timeout=10)) as store:
+    with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=10)) as store:
         runs = store.execute(
             "SELECT r.run_uuid, r.experiment_id, r.status, r.start_time, r.artifact_uri FROM runs r JOIN experiments e ON e.experiment_id = r.experiment_id "
             "WHERE r.lifecycle_stage = 'active' AND e.lifecycle_stage = 'active' ORDER BY r.start_time, r.run_uuid"

@@ -26,6 +26,7 @@ from flows import lab_book, servers
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.errors import LbllmError
+from tasks.tracking import store_uri
 
 FLOW_PROCESS = ("-m", "flows.once")
 
@@ -98,6 +99,10 @@ def up(home: Path) -> int:
     """Prefect's server, MLflow's page and the served deployment; what already runs is left as it is."""
     with servers.one_at_a_time(home):
         wanted = servers.prefect_port()
+        store_uri(home)  # one that cannot be is refused before anything is started
+        machine = servers.elsewhere(home)
+        if machine:
+            raise servers.ServerError(f"{machine} runs the servers of this home; `make worker` takes work from them, or `make down` there first")
         prefect = servers.prefect_that_answers(home)
         if prefect and prefect.port != wanted:
             raise servers.ServerError(f"a run of this home uses a Prefect server on port {prefect.port}; wait for its end, then `make up` starts one on {wanted}")
@@ -133,10 +138,11 @@ def down(home: Path) -> int:
 
 def status(home: Path) -> int:
     """What runs, and where."""
+    machine = servers.elsewhere(home)
     for name in ("prefect", "mlflow", "deployment"):
         server = servers.running(home, name)
         address = f" http://{servers.HOST}:{server.port}" if server and server.port else ""
-        print(f"{name}: {'runs' + address + f' (process {server.pid})' if server else 'not running'}")
+        print(f"{name}: {'runs' + address + f' (process {server.pid})' if server else f'runs on {machine}' if machine else 'not running'}")
     return 0
 
 

@@ -2,7 +2,8 @@
 
 A killed process cannot end its own run; the server's automation would notice after 90 seconds without a heartbeat
 (`flows/serve.py`), but a server that lives only as long as the sweep may be gone by then. The cells of a sweep run one after
-the other under the sweep's lock, so a run with its tag that is still open while no cell runs has no process.
+the other under the sweep's lock, so a run with its tag that is still open while no cell runs has no process; those of a
+deployment belong to a work pool (`flows/pool.py`) and are left alone.
 
 Plain HTTP: the process of a sweep does not load Prefect.
 """
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 
 def mark_crashed(api: str, sweep: str, reason: str) -> int:
     """Mark the open runs of the flow `lbllm` with this tag as crashed; returns how many. A server that does not answer is left to its automation."""
-    wanted = {"flow_runs": {"tags": {"all_": [sweep]}, "state": {"type": {"any_": OPEN_STATES}}}, "flows": {"name": {"any_": ["lbllm"]}}}
+    ours = {"tags": {"all_": [sweep]}, "state": {"type": {"any_": OPEN_STATES}}, "deployment_id": {"is_null_": True}}
+    wanted = {"flow_runs": ours, "flows": {"name": {"any_": ["lbllm"]}}}
     return _mark(api, wanted, reason)
 
 
@@ -33,17 +35,22 @@ def mark_run_crashed(api: str, overrides: Sequence[str], reason: str) -> int:
 
 def _mark(api: str, wanted: dict[str, Any], reason: str, meant: Callable[[dict[str, Any]], bool] = lambda run: True) -> int:
     try:
-        found = [run for run in _post(f"{api}/flow_runs/filter", wanted) if meant(run)]
+        found = [run for run in post(f"{api}/flow_runs/filter", wanted) if meant(run)]
         for run in found:
-            state = {"type": "CRASHED", "name": "Crashed", "message": f"{reason[:500]}; a retry continues from the finished steps"}
-            _post(f"{api}/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+            set_state(api, run["id"], "CRASHED", f"{reason[:500]}; a retry continues from the finished steps")
     except (OSError, ValueError) as error:
         log.warning("Prefect's server did not take the end of a run (%s); it marks it itself after 90 seconds", error)
         return 0
     return len(found)
 
 
-def _post(url: str, body: dict[str, Any]) -> Any:
+def set_state(api: str, run: str, state: str, message: str) -> None:
+    """Say that a run has ended so (CRASHED, CANCELLED), whatever Prefect thinks of it. Raises OSError."""
+    post(f"{api}/flow_runs/{run}/set_state", {"state": {"type": state, "name": state.capitalize(), "message": message}, "force": True})
+
+
+def post(url: str, body: Any) -> Any:
+    """The server's answer to a JSON body. Raises OSError (an HTTPError when it refuses) and ValueError."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=10) as reply:
         return json.loads(reply.read())

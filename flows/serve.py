@@ -19,10 +19,13 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 
 from flows.full_pipeline import lbllm
+from flows.servers import up_lock
 from flows.sweep_deployment import lbllm_sweep
+from lbllm_core.engine.artifacts import home_folder
 
 AUTOMATION = "lbllm: a run without a heartbeat has crashed"
 HEARTBEAT = "prefect.flow-run.heartbeat"
+LOCK_SECONDS = 10.0
 SILENCE = timedelta(seconds=90)
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ def watch_heartbeats() -> None:
 
 def main() -> None:
     """Serve until stopped."""
+    held = up_lock(home_folder())
+    held.acquire(timeout=LOCK_SECONDS)
     watch_heartbeats()
     pipeline = lbllm.to_deployment("full-pipeline", description=(lbllm.__doc__ or "").strip())
     sweep = lbllm_sweep.to_deployment("sweep", description=(lbllm_sweep.__doc__ or "").strip())

@@ -4,7 +4,9 @@ Each is a process group of its own, recorded in `$LBLLM_HOME/servers/<name>.json
 alone may belong to someone else after a reboot). Stopping touches exactly what is recorded. A server that `make run` started
 for itself goes when the last run that uses it is gone, also when that run was killed; one of `make up` stays until `make down`.
 
-All listen on the loopback only. This module imports neither Prefect nor MLflow: both read their settings from the
+All listen on the loopback only. Where several machines share a home, one of them runs its servers; the others reach them on the
+same ports of their own loopback, through an ssh tunnel. Both servers keep sqlite files in the home, or use the databases that
+PREFECT_API_DATABASE_CONNECTION_URL and MLFLOW_BACKEND_STORE_URI name. This module imports neither Prefect nor MLflow: both read their settings from the
 environment when they are imported, and `environment` is what they must find there.
 """
 
@@ -23,15 +25,15 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import ConfigError, LbllmError
-from tasks.tracking import artifact_uri, store_uri
+from tasks.tracking import artifact_uri, store_file, store_uri
 
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5226
@@ -47,13 +49,14 @@ class ServerError(LbllmError):
 
 @dataclass(frozen=True)
 class Server:
-    """A running background program: process id, its start time, port (0: none), and who keeps it (`up` or `run`)."""
+    """A running background program: process id, its start time, port (0: none), who keeps it (`up` or `run`), and on which machine."""
 
     name: str
     pid: int
     created: float
     port: int
     keeper: str
+    host: str = field(default_factory=socket.gethostname)
 
     def alive(self) -> bool:
         """True while this very process runs."""
@@ -84,11 +87,15 @@ def _chosen_port(variable: str) -> int:
 
 def environment(home: Path, port: int) -> dict[str, str]:
     """What Prefect, MLflow and the Hugging Face libraries must find in the environment."""
+    return flow_environment(home) | {"PREFECT_API_URL": f"http://{HOST}:{port}/api"}
+
+
+def flow_environment(home: Path) -> dict[str, str]:
+    """The part of it that is the same on every machine that shares the home."""
     (home / "prefect").mkdir(parents=True, exist_ok=True)  # Prefect waits in vain for a nested home that does not exist
     return {
         "LBLLM_HOME": str(home),
         "PREFECT_HOME": str(home / "prefect"),
-        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "lbllm_core,tasks,flows",
@@ -107,6 +114,9 @@ def prefect_for_this_run(home: Path) -> Iterator[int]:
 
     A server that dies meanwhile is started again on the same port: a flow waits minutes for every answer of one that is gone.
     """
+    if elsewhere(home):
+        yield shared_prefect(home)
+        return
     users = home / "servers" / "users"
     users.mkdir(parents=True, exist_ok=True)
     mine = users / f"{os.getpid()}.json"
@@ -124,6 +134,16 @@ def prefect_for_this_run(home: Path) -> Iterator[int]:
             now = running(home, "prefect")
             if now and now.keeper == "run" and not _live_users(users):
                 stop(home, "prefect")
+
+
+def shared_prefect(home: Path) -> int:
+    """The port of this machine's loopback where the server of `make up` answers: it runs here, or a tunnel leads to it. ServerError says how."""
+    port = prefect_port()
+    if answers(f"http://{HOST}:{port}/api/health"):
+        return port
+    machine = elsewhere(home)
+    tunnel = f"ssh -N -L {port}:{HOST}:{port} -L {mlflow_port()}:{HOST}:{mlflow_port()} {machine or 'MACHINE'}"
+    raise ServerError(f"no Prefect server answers at {HOST}:{port}; `make up` on {machine or 'one machine'}, and on every other one a tunnel to it: {tunnel}")
 
 
 def _mend(home: Path, server: Server, over: threading.Event) -> None:
@@ -163,7 +183,8 @@ def start_prefect(home: Path, keeper: str, port: int) -> Server:
 
 def start_mlflow(home: Path, port: int) -> Server:
     """MLflow's page over the home's store, without its job runners: two processes instead of ten."""
-    options = ["--backend-store-uri", store_uri(home), "--default-artifact-root", artifact_uri(home), "--host", HOST, "--port", str(port), "--workers", "1"]
+    named = [] if store_file(home) is None else ["--backend-store-uri", store_uri(home)]  # an address with a password stays in the environment
+    options = [*named, "--default-artifact-root", artifact_uri(home), "--host", HOST, "--port", str(port), "--workers", "1"]
     return start(home, "mlflow", ["-m", "mlflow", "server", *options], "up", port, lambda: answers(f"http://{HOST}:{port}/health"))
 
 
@@ -195,16 +216,38 @@ def start(home: Path, name: str, command: list[str], keeper: str, port: int, rea
     return server
 
 
-def running(home: Path, name: str) -> Server | None:
-    """The recorded program, if it is alive; a record of a dead one is removed."""
-    path = home / "servers" / f"{name}.json"
+def elsewhere(home: Path) -> str:
+    """The other machine that runs the servers of a shared home, while it holds their lock; empty when there is none."""
+    there = _recorded(home, "prefect")
+    if there is None or there.host == socket.gethostname():
+        return ""
     try:
-        server = Server(**json.loads(path.read_text(encoding="utf-8")))
+        with up_lock(home).acquire(timeout=0):
+            return ""
+    except Timeout:
+        return there.host
+
+
+def up_lock(home: Path) -> FileLock:
+    """Held by the process that serves the deployments, so that other machines see that it lives and that the locks of this folder reach them."""
+    return FileLock(home / "servers" / "up.lock")
+
+
+def _recorded(home: Path, name: str) -> Server | None:
+    try:
+        return Server(**json.loads((home / "servers" / f"{name}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
+        return None
+
+
+def running(home: Path, name: str) -> Server | None:
+    """The recorded program, if it is alive on this machine; a record of a dead one is removed, that of another machine is left alone."""
+    server = _recorded(home, name)
+    if server is None or server.host != socket.gethostname():
         return None
     if server.alive():
         return server
-    path.unlink(missing_ok=True)
+    (home / "servers" / f"{name}.json").unlink(missing_ok=True)
     return None
 
 

@@ -1,11 +1,11 @@
 """`make sweep`: models x experiments x seeds through the one step cache; only what is missing runs.
 
-    python -m flows.sweep --models llama1,llama2 --experiments ablations --seeds 0,1 [section.field=value ...]
+    python -m flows.sweep --models llama1,llama2 --experiments ablations --seeds 0,1 [--pool lbllm] [section.field=value ...]
 
 First the plan: every cell with the steps that are cached, shared with an earlier cell, or missing, and the time these take
 (`lbllm_core/forecast.py`). A cell is *done* when all its steps are cached and its row in MLflow is finished under this
 sweep's tag; another runs as the flow `lbllm` does, one after the other, each in a process of its own
-(`flows/cell_process.py`). A cell that fails, or cannot start, does not stop the others. At the end: what each cell came to, why
+(`flows/cell_process.py`), or, with a pool, by the workers of a Prefect work pool (`flows/pool_sweep.py`). A cell that fails, or cannot start, does not stop the others. At the end: what each cell came to, why
 the failed ones failed and what to do, and where to look in MLflow.
 
 The same words mean the same sweep, so the same command goes on after a kill. One process works on a sweep at a time. The
@@ -32,6 +32,8 @@ from flows import lab_book, prefect_runs, servers
 from flows.cell_process import CellEnd, run_cell
 from flows.cells import Cell, Request, cells, words
 from flows.compose import about
+from flows.pool import open_pool
+from flows.pool_sweep import PoolSweep
 from flows.sweep_record import CellRecord, SweepRecord, checked_name, latest_record, read_record, sweep_lock, write_record
 from flows.sweep_report import Planned, end_table, expected_time, failures, plan_table, show_status
 from lbllm_core.engine.artifacts import home_folder
@@ -60,15 +62,15 @@ def make_plan(found: Sequence[Cell], home: Path, finished: set[str]) -> list[Pla
     return planned
 
 
-def run_sweep(request: Request, home: Path, show: Show = print, detail: Show = print) -> SweepRecord:
+def run_sweep(request: Request, home: Path, show: Show = print, detail: Show = print, pool: str = "") -> SweepRecord:
     """Plan, run what is missing, and tell the end. Raises ConfigError before anything runs, SweepError when another process has it.
 
-    `show` hears the tables, `detail` the output of the cells.
+    `show` hears the tables, `detail` the output of the cells. `pool`: the work pool whose workers run them; empty: this process does.
     """
     name, found = cells(request)
     try:
         with sweep_lock(home, name).acquire(timeout=0):
-            return _Sweep(name, request, found, home, show, detail).run()
+            return _Sweep(name, request, found, home, show, detail).run(pool)
     except Timeout:
         raise SweepError(f"another process works on the sweep {name}; wait for it (make sweep-status SWEEP={name}), or give this one a name: SWEEP=name") from None
 
@@ -85,7 +87,7 @@ class _Sweep:
         self.record = SweepRecord(name, asked, blank, datetime.now().astimezone().isoformat(timespec="seconds"), question=question)
         self.overheads: list[float] = []
 
-    def run(self) -> SweepRecord:
+    def run(self, pool: str) -> SweepRecord:
         planned = make_plan(self.found, self.home, self._finished_rows())
         for index, p in enumerate(planned):
             state, reason = ("reused", "") if p.done else ("failed", p.forecast.obstacle) if p.forecast.obstacle else ("planned", "")
@@ -96,8 +98,12 @@ class _Sweep:
             if any(cell.config.tracking.enabled for cell in self.found):
                 describe_experiment(self.home, self.name, _description(self.record))
             self.show(f"Time of what is missing: {expected_time([planned[i].forecast for i in waiting])} (one cell at a time; starting a cell is not counted)")
-            with servers.prefect_for_this_run(self.home) as port:
-                self._work(waiting, port)
+            if pool:
+                sender = PoolSweep(open_pool(self.home, servers.shared_prefect(self.home), pool), self.name, self.home, self._note, self.show)
+                sender.run({index: self.found[index] for index in waiting})
+            else:
+                with servers.prefect_for_this_run(self.home) as port:
+                    self._work(waiting, port)
         self._tell()
         return self.record
 
@@ -161,7 +167,7 @@ class _Sweep:
     def _finished_rows(self) -> set[str]:
         return {row.digest for row in lab_book.read_rows(self.home, self.name) if row.state == "finished"}
 
-    def _note(self, index: int, **changes: Any) -> None:
+    def _note(self, index: int, /, **changes: Any) -> None:
         self.record = replace(self.record.with_cell(index, replace(self.record.cells[index], **changes)), updated=time.time())
         write_record(self.home, self.record)
 
@@ -205,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{option}", default="", help="words separated by commas or blanks")
     parser.add_argument("--sweep", default="", help="the sweep's name; without it the words name it")
     parser.add_argument("--question", default="", help="what it is to find out: its description in MLflow and in the report")
+    parser.add_argument("--pool", default="", help="a Prefect work pool whose workers run the cells (several machines); without it this process does")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.field=value", help="for every cell")
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cell is stopped
@@ -216,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return show_status(home, name)
         typed = Request(words(chosen.models), words(chosen.experiments), words(chosen.seeds), tuple(chosen.overrides), name, chosen.question)
         with disk_errors_told():
-            record = run_sweep(asked_before(home, name) if chosen.action == "retry" else typed, home, _print, _print)
+            record = run_sweep(asked_before(home, name) if chosen.action == "retry" else typed, home, _print, _print, chosen.pool)
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code

@@ -3,7 +3,7 @@
     prefect deployment run lbllm-sweep/sweep -p models='["tiny"]' -p seeds='[0, 1]' --watch
 
 The same function as `make sweep`; its cells are runs of the flow `lbllm` in processes of their own, tagged with the sweep's
-name. The run fails, and `--watch` with it, when a cell failed.
+name. With `-p pool=lbllm` the workers of a pool run them. The run fails, and `--watch` with it, when a cell failed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ def lbllm_sweep(
     overrides: list[str] | None = None,
     sweep: str = "",
     question: str = "",
+    pool: str = "",
 ) -> list[list[str]]:
-    """Run models x experiments x seeds, only what is missing. Returns the end's table; fails when a cell failed."""
+    """Run models x experiments x seeds, only what is missing; with `pool` by the workers of a work pool. Returns the end's table; fails when a cell failed."""
     prepare_logging()
     log = get_run_logger()
     home = home_folder()
     first, second, third, fourth = (tuple(dict.fromkeys(map(str, given or ()))) for given in (models, experiments, seeds, overrides))
-    record = run_sweep(Request(first, second, third, fourth, sweep, question), home, log.info, log.info)
+    record = run_sweep(Request(first, second, third, fourth, sweep, question), home, log.info, log.info, pool)
     table = end_table(record, home)
     failed = failures(record)
     text = markdown(table) + "".join(f"\n- {sentence}" for sentence in failed)

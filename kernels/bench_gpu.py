@@ -4,7 +4,8 @@ One script for a bare GPU machine (torch, nvcc; nothing installed): it builds th
 against the reference with fresh random inputs, and stops there with exit 1 on any difference. Then it times products of a 7B and a 70B
 model's shapes beside cuBLAS fp16 in the same run, writes results/kernels_<device>.json, and prints one table last.
 
-    --only correctness,tune,decode,prefill,thresholds,triton,peers,probe,model     sections (default: correctness,decode,prefill)
+    --only correctness,tune,decode,prefill,split,thresholds,triton,peers,probe,model     sections (default: correctness,decode,prefill)
+    --shapes 4096x4096,4096x11008     other shapes than those of the tables
     --sanitize, --model   those sections alone
     --plans FILE          the measured plans, read, and written by `tune` (default: the file beside the kernels' code)
     --minutes 4        start no further measurement after so long
@@ -32,29 +33,27 @@ for folder in (ROOT, ROOT / "kernels"):
     sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
-from gpu_timing import FACTORS, SHAPES, Clock, bandwidth, dense_of, graph_us, ours_us, record, rotated, warm_up, weights_of  # noqa: E402
+from gpu_tables import paths_table, speed_table  # noqa: E402
+from gpu_timing import FACTORS, SHAPES, Clock, Shapes, bandwidth, dense_of, graph_us, ours_us, record, rotated, warm_up, weights_of  # noqa: E402
 from lbllm_kernels import build_cuda, cuda  # noqa: E402
 from tune_gpu import probe_section, thresholds_section, tune_section  # noqa: E402
+
+from lbllm_core.report.kernel_tables import peers_table  # noqa: E402
 
 Records = Iterator[dict[str, Any]]
 DECODE_TOKENS = (1, 4, 8, 16)
 PREFILL_TOKENS = (128, 512, 2048)
 SANITIZE_SECONDS = 70
 SECONDS_BETWEEN_WRITES = 3
-PREFILL_PATHS = ("narrow", "middle", "wide", "hopper128", "hopper256", "library")
+PREFILL_PATHS = ("narrow", "middle", "wide", "hopper128", "hopper256", "hopper_split", "library")
 MODES = (("explicit", 128), ("codebook", 32), ("codebook", 16))
-TARGETS = {  # ratio to cuBLAS fp16 that a shape must reach, by tokens
-    (4096, 4096): {1: 3.0, 4: 3.0, 8: 3.0, 16: 2.5, 128: 0.9, 512: 0.9, 2048: 1.0},
-    (11008, 4096): {1: 4.0, 4: 4.0, 8: 4.0, 16: 3.0, 128: 0.9, 512: 1.0, 2048: 1.1},
-    (4096, 11008): {1: 4.0, 4: 4.0, 8: 4.0, 16: 3.0, 128: 0.9, 512: 1.0, 2048: 1.1},
-    (8192, 8192): {1: 3.5, 4: 3.5, 8: 3.5, 16: 3.0, 128: 0.9, 512: 1.0, 2048: 1.1},
-    (8192, 28672): {1: 4.5, 4: 4.5, 8: 4.5, 16: 3.5, 128: 1.0, 512: 1.1, 2048: 1.2},
-}
+FEW_BLOCKS = ((4096, 4096), (4096, 11008), (11008, 4096))  # shapes whose blocks do not fill the machine at some hundred tokens
+SPLIT_TOKENS = (128, 256, 512)
 
 
-def decode_section(clock: Clock) -> Records:
+def decode_section(clock: Clock, shapes: Shapes = ()) -> Records:
     """M <= 16: quantizer and product together, beside cuBLAS fp16."""
-    for n, k in SHAPES:
+    for n, k in shapes or SHAPES:
         dense, base = dense_of(n, k), {}
         for m in DECODE_TOKENS:
             x = torch.randn(m, k, dtype=torch.float16, device="cuda")
@@ -70,7 +69,7 @@ def decode_section(clock: Clock) -> Records:
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
                 path, plan = cuda.planned(m, weights[0])
                 us = ours_us(weights, x)
-                quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 20)
+                quant = graph_us([partial(cuda.quantize, x, FACTORS, path="" if path == "fused" else path)] * 20)
                 context = {"group_size": group, "level_mode": mode, "path": path, "plan": [plan.row_tiles, plan.warps, plan.prefetch]}
                 rate = weights[0].bytes() / us / 1e3
                 yield record("ours", us, n, k, m, **context, speedup=base[m] / us, weights_gb_s=rate)
@@ -79,11 +78,11 @@ def decode_section(clock: Clock) -> Records:
             del weights
 
 
-def prefill_section(clock: Clock) -> Records:
-    """M > 16: the product and the quantizer apart, each path; int8 cuBLASLt alone beside them."""
-    for n, k in SHAPES:
+def prefill_section(clock: Clock, shapes: Shapes = (), counts: tuple[int, ...] = PREFILL_TOKENS, paths: tuple[str, ...] = PREFILL_PATHS) -> Records:
+    """M > 16: the product and the quantizer apart, each path; int8 cuBLASLt alone beside them. A path whose output differs is not timed."""
+    for n, k in shapes or SHAPES:
         dense, base = dense_of(n, k)[:4], {}
-        for m in PREFILL_TOKENS:
+        for m in counts:
             x = torch.randn(m, k, dtype=torch.float16, device="cuda")
             base[m] = graph_us(rotated(dense, partial(torch.nn.functional.linear, x), 8), 9)
             yield record("cublas_fp16", base[m], n, k, m)
@@ -93,13 +92,19 @@ def prefill_section(clock: Clock) -> Records:
                 clock.say("time is over: the rest of prefill is not measured")
                 return
             weights = weights_of(n, k, mode, group)
-            for m in PREFILL_TOKENS:
+            for m in counts:
                 x = torch.randn(m, k, dtype=torch.float16, device="cuda")
-                us = {}
-                for path in PREFILL_PATHS[0 if m < 512 else 1 :]:
+                us, expected = {}, cuda.forward(x, weights[0], FACTORS, path="wide")
+                for path in paths[int(m >= 512 and paths[0] == "narrow") :]:
                     tokens = cuda.quantize(x, FACTORS, path=path)
+                    if not torch.equal(cuda.linear(tokens, weights[0], torch.float16, path=path), expected):
+                        clock.say(f"WRONG: {path} with {m} tokens, {n} x {k} {mode} G={group}")
+                        yield {**record("ours", 0.0, n, k, m, group_size=group, level_mode=mode, path=path), "name": "wrong_output"}
+                        continue
                     us[path] = graph_us(rotated(weights, lambda w, p=path, t=tokens: cuda.linear(t, w, torch.float16, path=p), 8), 9)
                 quant = graph_us([partial(cuda.quantize, x, FACTORS)] * 8, 9)
+                if not us:
+                    continue
                 best = min(us, key=us.__getitem__)
                 context = {"group_size": group, "level_mode": mode}
                 yield from (record("ours", us[p], n, k, m, **context, path=p, speedup=base[m] / us[p], best=p == best) for p in us)
@@ -145,10 +150,10 @@ def correctness_section(clock: Clock, kind: str = "all") -> Records:
     yield {"name": "exact_checks", "value": checks, "unit": "checks", "kind": kind}
 
 
-def peers_section(clock: Clock) -> Records:
-    from bench_peers import measure
+def peers_section(clock: Clock, shapes: Shapes = ()) -> Records:
+    import bench_peers
 
-    return measure(clock, (1, 16, 8, 2048, 128))
+    return bench_peers.measure(clock, shapes=shapes or bench_peers.SHAPES)
 
 
 def triton_section(clock: Clock) -> Records:
@@ -167,11 +172,23 @@ def model_section(clock: Clock) -> Records:
     return measure(clock)
 
 
-SECTIONS: dict[str, Callable[[Clock], Records]] = {
-    "correctness": correctness_section, "small": partial(correctness_section, kind="small"), "each": partial(correctness_section, kind="each"),
-    "sanitize": sanitize_section, "tune": tune_section, "thresholds": thresholds_section, "decode": decode_section, "prefill": prefill_section,
-    "triton": triton_section, "peers": peers_section, "probe": probe_section, "model": model_section,
-}  # fmt: skip
+def sections(shapes: Shapes) -> dict[str, Callable[[Clock], Records]]:
+    """What can be asked for, by name. `shapes`: for tune, decode, prefill, peers in place of their own."""
+    split = partial(prefill_section, shapes=shapes or FEW_BLOCKS, counts=SPLIT_TOKENS, paths=("narrow", "hopper128", "hopper256", "hopper_split"))
+    return {
+        "correctness": correctness_section, "small": partial(correctness_section, kind="small"), "each": partial(correctness_section, kind="each"),
+        "sanitize": sanitize_section, "tune": partial(tune_section, shapes=shapes), "thresholds": thresholds_section,
+        "decode": partial(decode_section, shapes=shapes), "prefill": partial(prefill_section, shapes=shapes), "split": split,
+        "triton": triton_section, "peers": partial(peers_section, shapes=shapes), "probe": probe_section, "model": model_section,
+    }  # fmt: skip
+
+
+def shapes_of(text: str) -> Shapes:
+    """`4096x4096,4096x11008` as pairs (out, in); ValueError on anything else."""
+    pairs = [tuple(map(int, part.split("x"))) for part in text.split(",") if part]
+    if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise ValueError(f"--shapes {text!r}: expected pairs like 4096x11008, separated by commas")
+    return tuple((n, k) for n, k in pairs)
 
 
 def said(*command: str) -> str:
@@ -190,27 +207,6 @@ def commit() -> str:
 
 def driver() -> str:
     return said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """Ours against cuBLAS fp16, one line for each shape and level mode; `!` marks a row under its target."""
-    ours = [r for r in records if r["name"] == "kernel_us" and r["op"] == "ours"]
-    base = {(r["n"], r["k"], r["m"]): r["value"] for r in records if r.get("op") == "cublas_fp16"}
-    tokens = sorted({r["m"] for r in ours})
-    lines = ["| N x K | levels | " + " | ".join(f"M={m}" for m in tokens) + " |", "|---|---|" + "---|" * len(tokens)]
-    rows = list(dict.fromkeys((r["n"], r["k"], r["level_mode"], r["group_size"]) for r in ours))
-    for n, k, mode, group in rows:
-        cells = []
-        for m in tokens:
-            found = [r["value"] for r in ours if (r["n"], r["k"], r["level_mode"], r["group_size"], r["m"]) == (n, k, mode, group, m)]
-            if not found:
-                cells.append("-")
-                continue
-            ratio = base[(n, k, m)] / min(found)
-            missed = "!" if ratio < TARGETS.get((n, k), {}).get(m, 0) else ""
-            cells.append(f"{min(found):.1f} us, {ratio:.2f}x{missed}")
-        lines.append(f"| {n} x {k} | {mode} G={group} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 class Keeper:
@@ -247,7 +243,8 @@ class Keeper:
 def main(arguments: list[str]) -> int:
     """Command line; exit 1 when the path cannot run here or a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="correctness,decode,prefill", help=f"sections, separated by commas: {', '.join(SECTIONS)}")
+    parser.add_argument("--only", default="correctness,decode,prefill", help=f"sections, separated by commas: {', '.join(sections(()))}")
+    parser.add_argument("--shapes", type=shapes_of, default=(), help="out x in of what tune, decode, prefill, split and peers measure, such as 4096x4096,4096x11008")
     parser.add_argument("--sanitize", action="store_true", help="the section sanitize alone: compute-sanitizer over a small set")
     parser.add_argument("--model", action="store_true", help="the section model alone: whole models into --decode-out")
     parser.add_argument("--minutes", type=float, default=4.0)
@@ -256,8 +253,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--decode-out", type=Path, default=ROOT / "results" / "decode_h100.json")
     options = parser.parse_args(arguments)
     names = ["sanitize"] if options.sanitize else ["model"] if options.model else options.only.split(",")
-    if unknown := [name for name in names if name not in SECTIONS]:
-        parser.error(f"unknown section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
+    if unknown := [name for name in names if name not in sections(())]:
+        parser.error(f"unknown section {unknown[0]!r}; choose from {', '.join(sections(()))}")
     if options.plans:
         os.environ["LBLLM_CUDA_PLANS"] = str(options.plans)
     clock = Clock(options.minutes)
@@ -273,20 +270,22 @@ def main(arguments: list[str]) -> int:
     clock.say(f"{torch.cuda.get_device_name()}, driver {driver()}, torch {torch.__version__}")
     keep = Keeper(arguments, options.out, options.decode_out)
     with torch.inference_mode():
-        if set(names) & {"decode", "prefill", "tune", "thresholds", "triton", "peers", "model"}:
+        if set(names) & {"decode", "prefill", "split", "tune", "thresholds", "triton", "peers", "model"}:
             warm_up()
             rates = bandwidth()
             keep.records += rates
             clock.say("  ".join(f"{r['name']} {r['value']:.0f}" for r in rates))
         for name in names:
             clock.say(f"--- {name}")
-            for made in SECTIONS[name](clock):
+            for made in sections(options.shapes)[name](clock):
                 keep.add(made)
             torch.cuda.empty_cache()
     keep.write()
-    kernels = [r for r in keep.records if r["name"] == "kernel_us"]
-    if kernels:
-        print(table(kernels))
+    kernels = [r for r in keep.records if r["name"] in ("kernel_us", "wrong_output")]
+    beside = [peers_table(keep.records)] if "peers" in names else []
+    for text in (speed_table(kernels), paths_table(kernels), *beside):
+        if text:
+            print(text)
     return 0
 
 

@@ -25,7 +25,7 @@ SHAPES = ((1, 4), (21, 50), (17, 130), (48, 256), (300, 1000), (576, 576), (192,
 SMALL_SHAPES = ((21, 50), (130, 260), (300, 1000))
 MODES = (("explicit", 16), ("explicit", 32), ("explicit", 64), ("explicit", 128), ("codebook", 16), ("codebook", 32), ("codebook", 128))
 TOKENS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 129, 255, 256, 300)
-PATHS = ("decode", "narrow", "middle", "wide", "hopper128", "hopper256", "library")
+PATHS = ("decode", "early", "narrow", "middle", "wide", "hopper128", "hopper256", "hopper_split", "library")
 PIECEWISE = ActFactors("piecewise", 0.9, 0.95, 0.3, 0.2)
 
 
@@ -68,6 +68,11 @@ def plans(tokens: int) -> list[cuda.Plan]:
     return [cuda.Plan(rows, *cut) for rows in ((1, 2, 3, 4) if tokens <= 8 else (1, 2, 3)) for cut in ((1, 0, 64), (3, 3, 2), (8, 1, 0), (16, 3, 64))]
 
 
+def skipped(path: str, tokens: int, weight: cuda.CudaWeight) -> bool:
+    """Whether a path takes no such product, or the library that it calls no so narrow one."""
+    return cuda.refusal(path, tokens, weight) is not None or (path == "library" and weight.in_features < 16)
+
+
 def check_sums(tally: Tally, packed: PackedWeight, tokens: tuple[int, ...], seed: int, every_plan: bool) -> None:
     out, n = packed.out_features, packed.in_features
     name = f"{out}x{n} G={packed.group_size} {'explicit' if packed.levels is not None else 'codebook'}"
@@ -81,9 +86,7 @@ def check_sums(tally: Tally, packed: PackedWeight, tokens: tuple[int, ...], seed
     q = torch.randint(0, 128, (max(tokens), n), generator=torch.Generator().manual_seed(seed), dtype=torch.int8).cuda()
     expected = reference.int_matmul(q, dense)
     for m, path in itertools.product(tokens, PATHS):
-        if (path == "decode" and m > 16) or (path == "library" and (m <= 16 or n < 16)):
-            continue
-        if path.startswith("hopper") and not cuda.is_hopper(0):
+        if skipped(path, m, weight):
             continue
         tally.equal(cuda.accumulate(q[:m], weight, path=path), expected[:m], f"sums {name} M={m} {path}")
         if path == "decode" and every_plan:
@@ -118,11 +121,14 @@ def check_quantizer(tally: Tally, n: int, seed: int, variants: tuple[ActFactors,
         x = torch.cat([special_tokens(n, seed), torch.randn(30, n, generator=torch.Generator().manual_seed(seed + 1))]).to(dtype)
         q, scale, zero = quantize_activations(x, factors)
         tokens = cuda.quantize(x.cuda(), factors)
-        few = cuda.quantize(x[:16].cuda(), factors)  # several blocks a token
+        few, small = (cuda.quantize(x[:16].cuda(), factors, path=path) for path in ("decode", "sliced"))  # several blocks a token
         what = f"quantizer in={n} {dtype} {factors}"
         tally.equal(tokens.q, pad_tokens(q).cuda(), f"codes, {what}")
         tally.equal(few.q, tokens.q[:16], f"codes of few tokens, {what}")
         tally.equal(few.scale, tokens.scale[:16], f"scale of few tokens, {what}")
+        tally.equal(small.q, tokens.q[:16], f"codes of few tokens, small blocks, {what}")
+        tally.equal(small.scale, tokens.scale[:16], f"scale of few tokens, small blocks, {what}")
+        tally.equal(small.zero, tokens.zero[:16], f"zero of few tokens, small blocks, {what}")
         tally.equal(cuda.codes_in_order(cuda.quantize(x.cuda(), factors, path="hopper")), q.cuda(), f"codes in wgmma order, {what}")
         tally.equal(tokens.scale, scale[:, 0].cuda(), f"scale, {what}")
         tally.equal(tokens.zero, zero[:, 0].cuda(), f"zero, {what}")
@@ -143,11 +149,10 @@ def check_outputs(tally: Tally, packed: PackedWeight, seed: int, tokens: tuple[i
     for dtype, factors in itertools.product(types, (PIECEWISE, ActFactors("uniform"))):
         x = rows.to(dtype).cuda()
         whole = expected_output(packed, x, factors, dtype)
-        for m, path in itertools.product(tokens, ("fused", *PATHS)):
-            too_many = m > cuda.MOST_TOKENS.get(path, m) or (path == "fused" and m * (weight.padded + 16) > cuda.FUSED_BYTES)
-            if too_many or (path == "library" and (m <= 16 or n < 16)) or (path.startswith("hopper") and not cuda.is_hopper(0)):
+        for m, path in itertools.product(tokens, ("fused", "sliced", *PATHS)):
+            if skipped(path, m, weight):
                 continue
-            for first in (0, 8) if path in ("fused", "decode") else (0,):
+            for first in (0, 8) if path in ("fused", "decode", "sliced", "early") else (0,):
                 poison(((m, out), dtype))
                 plan = cuda.Plan(flags=(seed + m) % 4)
                 got = cuda.forward(x[first : first + m], weight, factors, path=path, plan=plan)
@@ -159,7 +164,7 @@ def check_graphs(tally: Tally, size: int) -> None:
     weights = [cuda.CudaWeight(on_gpu(random_packed(size, size, 32, "codebook", seed))) for seed in range(4)]
     for weight, following in itertools.pairwise(weights):
         weight.followed_by(following)
-    for m, path, flags in ((1, "fused", 0), (1, "fused", 2), (4, "fused", 3), (1, "decode", 1), (8, "decode", 3), (16, "decode", 3), (40, "narrow", 3), (200, "wide", 3), (300, "", 3)):
+    for m, path, flags in ((1, "fused", 0), (1, "fused", 2), (4, "fused", 3), (1, "decode", 1), (8, "decode", 3), (16, "decode", 3), (8, "sliced", 3), (8, "early", 3), (16, "early", 3), (40, "narrow", 3), (200, "wide", 3), (300, "", 3)):
         plan = cuda.Plan(flags=flags)
         x = torch.randn(m, size, dtype=torch.float16, device="cuda")
 
@@ -193,7 +198,7 @@ def check_repeats(tally: Tally) -> None:
     weight = cuda.CudaWeight(packed)
     q = torch.randint(0, 128, (200, 4096), dtype=torch.int8, device="cuda")
     expected = reference.int_matmul(q, int8_weight(packed))
-    for m, path in ((1, "decode"), (16, "decode"), (32, "narrow"), (200, "middle"), (200, "wide"), (200, "hopper128"), (200, "hopper256")):
+    for m, path in ((1, "decode"), (16, "decode"), (8, "early"), (16, "early"), (32, "narrow"), (200, "middle"), (200, "wide"), (200, "hopper128"), (200, "hopper256"), (200, "hopper_split")):
         if path.startswith("hopper") and not cuda.is_hopper(0):
             continue
         for turn in range(20):

@@ -17,7 +17,8 @@ from lbllm_kernels import cuda
 from lbllm_kernels.activation import ActFactors
 from lbllm_kernels.cuda_layout import ROW_PAD, TILE_K, count_tiles
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (8192, 28672))
+Shapes = tuple[tuple[int, int], ...]
+SHAPES: Shapes = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (8192, 28672))
 FACTORS = ActFactors("piecewise")
 ROTATED_BYTES = 200 << 20
 
@@ -28,8 +29,11 @@ class Clock:
     def __init__(self, minutes: float):
         self.start, self.seconds = time.monotonic(), minutes * 60
 
+    def left(self) -> float:
+        return max(0.0, self.start + self.seconds - time.monotonic())
+
     def over(self) -> bool:
-        return time.monotonic() - self.start > self.seconds
+        return self.left() == 0
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.start:6.1f} s] {text}", flush=True)

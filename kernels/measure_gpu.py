@@ -8,14 +8,19 @@ then every file says so (`correctness`): such figures are for finding the fault.
 FOLDER then holds session.log (all output), parts.json (exit, seconds and limit of each part), cuda_plans.json, and, in the schema of
 `results/`, kernels.json (products, with the plans that were just measured), models.json, peers.json, tune.json.
 
-    --only PARTS    some of the parts, by name
-    --plans FILE    plans to begin with (default: none where `tune` measures them, else those of the repository)
+    --only PARTS    some of the parts, by name; `small` and `split` run only when they are named
+    --plans FILE    plans to begin with (default: none where `tune` measures all of them, else those of the repository)
+    --shapes LIST   out x in of what tune, decode, prefill, split and peers measure, such as 4096x4096,4096x11008
+
+In a minute: `--only build,small,split` checks every path on small shapes and sets the paths of some hundred tokens side by side;
+`--only build,small,tune,decode --shapes 4096x4096` finds one shape's plans again and times it with them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -23,13 +28,14 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 LEAST = 12  # seconds left under which no part begins
+ENDING = 25  # seconds that a part told to take what is left needs to begin and to end
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class Part:
     threads: int = 0  # of its CPU work, where others run beside it
 
 
-def bench(section: str, seconds: int, minutes: float, *more: str) -> Part:
-    """A section of bench_gpu.py that begins no measurement after `minutes` and is killed after `seconds`."""
+def bench(section: str, seconds: int, minutes: float | str, *more: str) -> Part:
+    """A section of bench_gpu.py that begins no measurement after `minutes` ("{minutes}": of what is left) and is killed after `seconds`."""
     command = (str(KERNELS / "bench_gpu.py"), "--only", section, "--minutes", str(minutes), "--out", f"{{out}}/part_{section}.json", *more)
     return Part(section, command, seconds)
 
@@ -59,7 +65,9 @@ MODEL_TEST = "tests/packed/test_devices.py"
 GROUPS: tuple[tuple[Part, ...], ...] = (  # parts of a group run side by side; only checks do
     (Part("build", ("-m", "lbllm_kernels.build_cuda"), 120, ""),),
     (bench("correctness", 110, 3),),
-    (bench("tune", 90, 1.15),),
+    (bench("small", 45, 3),),
+    (bench("split", 45, 0.6),),
+    (bench("tune", 120, 1.6),),
     (bench("decode", 65, 0.8),),
     (bench("prefill", 75, 0.9),),
     (bench("model", 110, 1.3, "--decode-out", "{out}/part_model.json"),),
@@ -70,9 +78,11 @@ GROUPS: tuple[tuple[Part, ...], ...] = (  # parts of a group run side by side; o
     ),
     (bench("triton", 55, 0.6),),
     (Part("profile", NCU, 60, program="ncu"),),
-    (bench("peers", 165, 2.5),),
+    (bench("peers", 420, "{minutes}"),),
 )
 PARTS = tuple(part for group in GROUPS for part in group)
+EXTRA = ("small", "split")  # what the others do in full
+SHAPED = ("tune", "decode", "prefill", "split", "peers")
 
 
 class Session:
@@ -104,7 +114,8 @@ class Session:
             return
         seconds = min(part.seconds, left)
         begun = time.monotonic()
-        command = [part.program, *(word.replace("{out}", str(self.out)) for word in part.command)]
+        told = {"{out}": str(self.out), "{minutes}": f"{max(seconds - ENDING, 1) / 60:.2f}"}
+        command = [part.program, *(functools.reduce(lambda text, name: text.replace(name, told[name]), told, word) for word in part.command)]
         self.say(f"--- {part.name}: {' '.join(part.command)}")
         try:
             process = self.start_process(command, part.threads)
@@ -148,11 +159,16 @@ def kill(process: subprocess.Popen[str]) -> None:
         process.wait(20)  # the driver takes a context down in seconds, also one whose kernel never ends
 
 
+def of_shapes(part: Part, shapes: str) -> Part:
+    """The part, told which shapes to measure where it can be told."""
+    return replace(part, command=(*part.command, "--shapes", shapes)) if shapes and part.name in SHAPED else part
+
+
 def merge(out: Path, arguments: list[str], correctness: str) -> None:
     """Parts' records into the files that `results/` holds. The Triton part's own cuBLAS rows stay inside their `speedup`."""
-    merged: dict[str, list[dict[str, Any]]] = {"kernels": [], "models": [], "peers": [], "tune": []}
+    merged: dict[str, list[dict[str, Any]]] = {"kernels": [], "models": [], "split": [], "peers": [], "tune": []}
     head: dict[str, Any] = {}
-    for section, into in (("decode", "kernels"), ("prefill", "kernels"), ("triton", "kernels"), ("peers", "peers"), ("tune", "tune"), ("model", "models")):
+    for section, into in (("decode", "kernels"), ("prefill", "kernels"), ("triton", "kernels"), ("split", "split"), ("peers", "peers"), ("tune", "tune"), ("model", "models")):
         path = out / f"part_{section}.json"
         if not path.is_file():
             continue
@@ -177,8 +193,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--only", default=",".join(part.name for part in PARTS))
+    parser.add_argument("--only", default=",".join(part.name for part in PARTS if part.name not in EXTRA))
     parser.add_argument("--plans", type=Path)
+    parser.add_argument("--shapes", default="")
     options = parser.parse_args(arguments)
     wanted = options.only.split(",")
     if unknown := [name for name in wanted if name not in {part.name for part in PARTS}]:
@@ -186,19 +203,19 @@ def main(arguments: list[str]) -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     plans = out / "cuda_plans.json"
-    given = options.plans or (None if "tune" in wanted else KERNELS / "lbllm_kernels" / "cuda_plans.json")
+    given = options.plans or (None if "tune" in wanted and not options.shapes else KERNELS / "lbllm_kernels" / "cuda_plans.json")
     if given is not None and (options.plans or given.is_file()):
         plans.write_text(given.read_text(encoding="utf-8"), encoding="utf-8")
     path = os.pathsep.join([str(ROOT), str(KERNELS), *filter(None, [os.environ.get("PYTHONPATH")])])
     session = Session(out, options.minutes, {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "LBLLM_CUDA_PLANS": str(plans)})
     for group in GROUPS:
-        threads = [threading.Thread(target=session.run, args=(part,)) for part in group if part.name in wanted]
+        threads = [threading.Thread(target=session.run, args=(of_shapes(part, options.shapes),)) for part in group if part.name in wanted]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     shown = [argument for argument in arguments if argument not in ("--out", str(options.out))]
-    checked = session.results.get("correctness", {"exit": None, "how": "not asked for"})
+    checked = session.results.get("correctness" if "correctness" in wanted else "small", {"exit": None, "how": "not asked for"})
     merge(out, shown, "exact" if checked["exit"] == 0 else f"{checked['how']}, exit {checked['exit']}")
     for name, result in session.results.items():
         session.say(f"{name:12} exit {result['exit']}  {result['seconds']:6.1f} s  {result['how']}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_timing import FACTORS, SHAPES, Clock, graph_us, random_weight, record, rotated, weights_of
+from gpu_timing import FACTORS, SHAPES, Clock, Shapes, graph_us, random_weight, record, rotated, weights_of
 from lbllm_kernels import cuda, cuda_plans
 
 MODES = (("explicit", 128), ("codebook", 32))
@@ -16,8 +16,8 @@ MODES = (("explicit", 128), ("codebook", 32))
 TUNED_TOKENS = (1, 2, 4, 8, 16)
 MERGED = ((12288, 4096), (22016, 4096), (15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824), (10240, 8192), (57344, 8192))  # of LLaMA-2's blocks
 MANY = {
-    32: ("narrow", "middle"), 64: ("narrow", "middle"), 128: ("narrow", "middle", "hopper128"), 256: ("narrow", "hopper128", "hopper256"),
-    512: ("hopper128", "hopper256", "wide"), 2048: ("hopper128", "hopper256"),
+    32: ("narrow", "middle"), 64: ("narrow", "middle"), 128: ("narrow", "middle", "hopper128", "hopper_split"), 256: ("narrow", "hopper128", "hopper256", "hopper_split"),
+    512: ("hopper128", "hopper256", "hopper_split", "wide"), 2048: ("hopper128", "hopper256", "hopper_split"),
 }  # fmt: skip
 AHEAD = 64  # k tiles prefetched while the cut is looked for
 Named = tuple[str, cuda.Plan]
@@ -33,8 +33,8 @@ class Trial:
         self.us: dict[Named, float] = {}
 
     def takes(self, path: str, plan: cuda.Plan) -> bool:
-        if path == "fused":
-            return self.tokens <= cuda.MOST_TOKENS["fused"] and self.tokens * (self.weights[0].padded + 16) <= cuda.FUSED_BYTES
+        if cuda.refusal(path, self.tokens, self.weights[0]) is not None:
+            return False
         return self.tokens <= 8 or plan.row_tiles <= 3
 
     def run(self, named: list[Named]) -> None:
@@ -58,16 +58,25 @@ def cuts(path: str) -> list[Named]:
     return [(path, cuda.Plan(rows, warps, prefetch=AHEAD)) for rows in (1, 2, 3, 4) for warps in (4, 8, 12, 16)]
 
 
+def sliced_cuts(trial: Trial) -> list[Named]:
+    """For the quantizer of small blocks: the cuts that leave it room, those that were best behind the large ones, and small layers' kernel."""
+    plans = [plan for _, plan in cuts("decode") if plan.row_tiles <= 2 and plan.warps >= 8] + [plan for _, plan in trial.best("decode")]
+    return [("sliced", plan) for plan in plans] + [("early", cuda.Plan(1, 8, prefetch=0))]
+
+
 def tune_shape(weights: list[cuda.CudaWeight], clock: Clock) -> dict[int, Trial]:
     """Trials by tokens: every cut at 1, 8 and 16 tokens, the best of them between, then the prefetch of the best."""
     trials = {m: Trial(weights, m, clock) for m in TUNED_TOKENS}
     trials[1].run(cuts("fused") + cuts("decode"))
     trials[8].run(cuts("decode") + trials[1].best("fused"))
     trials[16].run(cuts("decode"))
+    for m in (8, 16):
+        trials[m].run(sliced_cuts(trials[m]))
+    trials[1].run(trials[8].best("sliced") + trials[8].best("early"))
     for m in (2, 4):
-        trials[m].run(trials[1].best("fused") + trials[1].best("decode", 2) + trials[8].best("decode"))
+        trials[m].run(trials[1].best("fused") + trials[1].best("decode", 2) + trials[8].best("decode") + trials[8].best("sliced") + trials[8].best("early"))
     for trial in trials.values():
-        trial.run([(path, replace(plan, prefetch=k_tiles)) for path, plan in trial.best() for k_tiles in (0, 16, 256)])
+        trial.run([(path, replace(plan, prefetch=k_tiles)) for path, plan in trial.best() if path != "early" for k_tiles in (0, 16, 256)])
         for named in trial.best():
             trial.time(named, 15)  # the least of many short timings is partly luck
         trial.run([(path, replace(plan, flags=0)) for path, plan in trial.best(count=1)])  # what overlapping gives: said, never chosen
@@ -79,9 +88,9 @@ def tune_many(weights: list[cuda.CudaWeight], clock: Clock) -> dict[int, dict[st
     found: dict[int, dict[str, float]] = {}
     for m, paths in MANY.items():
         x = torch.randn(m, weights[0].in_features, dtype=torch.float16, device="cuda")
-        expected, us = cuda.forward(x, weights[0], FACTORS, path=paths[0]), {}
+        expected, us = cuda.forward(x, weights[0], FACTORS, path="wide"), {}
         for path in paths:
-            if path.startswith("hopper") and not cuda.is_hopper(0):
+            if cuda.refusal(path, m, weights[0]) is not None:
                 continue
             if not torch.equal(cuda.forward(x, weights[0], FACTORS, path=path), expected):
                 clock.say(f"WRONG: {path} with {m} tokens, {weights[0].out_features} x {weights[0].in_features}")
@@ -91,9 +100,13 @@ def tune_many(weights: list[cuda.CudaWeight], clock: Clock) -> dict[int, dict[st
     return found
 
 
-def tune_section(clock: Clock) -> Iterator[dict[str, Any]]:
-    """How decode launches should be cut, and which path many tokens take; from here on in this process the plans found are used."""
-    for (n, k), modes in [(shape, (*MODES, ("codebook", 16))) for shape in SHAPES] + [(shape, MODES[1:]) for shape in MERGED]:
+def tune_section(clock: Clock, shapes: Shapes = ()) -> Iterator[dict[str, Any]]:
+    """How decode launches should be cut, and which path many tokens take; from here on in this process the plans found are used.
+
+    Without `shapes`: those of the tables and of LLaMA-2's merged projections.
+    """
+    merged = () if shapes else MERGED
+    for (n, k), modes in [(shape, (*MODES, ("codebook", 16))) for shape in shapes or SHAPES] + [(shape, MODES[1:]) for shape in merged]:
         for mode, group in modes:
             if clock.over():
                 clock.say("time is over: the rest is not tuned")
@@ -136,9 +149,7 @@ def thresholds_section(clock: Clock) -> Iterator[dict[str, Any]]:
                 return
             us = {}
             for path in cuda.PATHS:
-                if path in ("auto", "library", "hopper") or m > cuda.MOST_TOKENS.get(path, m) or (path.startswith("hopper") and not cuda.is_hopper(0)):
-                    continue
-                if path == "fused" and m * (weights[0].padded + 16) > cuda.FUSED_BYTES:
+                if path in ("auto", "library", "hopper") or cuda.refusal(path, m, weights[0]) is not None:
                     continue
                 us[path] = graph_us(rotated(weights, lambda w, p=path, x=x: cuda.forward(x, w, FACTORS, path=p)), 7)
             best = min(us, key=us.__getitem__)

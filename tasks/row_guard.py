@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-PROGRAM = ("-m", "tasks.row_guard")
+PROGRAM = ("-P", "-m", "tasks.row_guard")  # -P: no module is looked for in the folder it runs in
 END = b"end\n"
 PATIENCE = 3600.0  # seconds that a locked store is asked again
 PAUSE = 5.0
@@ -34,7 +34,8 @@ class RowGuard:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
             command = [sys.executable, *PROGRAM, str(home), digest]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, start_new_session=True, bufsize=0)
+            # in the home: a worker of a pool removes the folder that a flow runs in, when it ends
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, start_new_session=True, bufsize=0, cwd=home)
 
     def watch(self, run_id: str) -> None:
         """The row that is to be ended when this process is killed."""

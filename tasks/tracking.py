@@ -10,14 +10,15 @@ A step that was reused brings its curves along.
 The lab book must never cost the run: every entry is kept until the store took it, in order and with its own time; what could
 not be delivered when the run ends lies in `$LBLLM_HOME/mlflow-pending/`, and the next run delivers it.
 
-Only this file writes to MLflow. The store is a sqlite file under the home folder; a server, when there is one, shows the
-same file.
+Only this file writes to MLflow. The store is a sqlite file under the home folder, or the database that MLFLOW_BACKEND_STORE_URI
+names (MLflow's own word for it), which several machines can share; a server, when there is one, shows the same store.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ from lbllm_core.config import SECTIONS, RunConfig, config_to_dict, digest, selec
 from lbllm_core.engine.artifacts import MANIFEST
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.engine.progress import Progress
+from lbllm_core.errors import ConfigError
 from lbllm_core.pipeline import STAGES, Finished
 from tasks import run_texts
 from tasks.row_guard import RowGuard
@@ -44,6 +46,9 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 10.0
 RETRY_SECONDS = 60.0  # between attempts while the store is down
 BUSY_SECONDS = 3.0
+STORE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
+SQLITE = "sqlite:///"
+DATABASES = (SQLITE, "postgresql+psycopg2://")  # the driver by its name: which one stands behind postgresql:// changes with SQLAlchemy's version
 ROW_SECONDS = 2.0  # a row is never locked for longer, except by the run that owns it
 NOTE, OURS = "mlflow.note.content", "lbllm.description"  # what MLflow shows as the description, and what we wrote there
 SHOWN_PARAMS = ("model.name", "experiment", "scheme.name", "seed")
@@ -62,8 +67,28 @@ SECTION_OF = {
 
 
 def store_uri(home: Path) -> str:
-    """The tracking store of a home folder."""
-    return f"sqlite:///{home / 'mlflow.db'}"
+    """The tracking store: the database that MLFLOW_BACKEND_STORE_URI names, else a sqlite file of the home folder.
+
+    ConfigError when it names something else; its value is not shown, it may hold a password.
+    """
+    named = os.environ.get(STORE_VARIABLE, "")
+    if named and not named.startswith(DATABASES):
+        raise ConfigError([f"{STORE_VARIABLE} begins with none of {', '.join(DATABASES)}; give a database's address (postgresql+psycopg2://user@host/name), or unset it"])
+    if named.startswith("postgresql") and importlib.util.find_spec("psycopg2") is None:
+        raise ConfigError([f"{STORE_VARIABLE} names a Postgres, whose driver is not installed: python -m pip install -c constraints.txt -e '.[postgres]'"])
+    return named or f"{SQLITE}{home / 'mlflow.db'}"
+
+
+def store_file(home: Path) -> Path | None:
+    """The file of an sqlite store, whether it is there yet or not; None when the store is a database of several machines."""
+    uri = store_uri(home)
+    return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
+
+
+def store_exists(home: Path) -> bool:
+    """Whether there is a store to read; a database of several machines is taken for there."""
+    file = store_file(home)
+    return file is None or file.exists()
 
 
 def artifact_uri(home: Path) -> str:
@@ -97,6 +122,7 @@ class LabBook:
 
     def __init__(self, config: RunConfig, home: Path, about: str = "", prefect: str = ""):
         self.config, self.home, self.enabled = config, home, config.tracking.enabled
+        store_uri(home)  # one that cannot be is refused before anything is computed
         self.about, self.prefect = about, prefect
         self.digest = row_digest(config)
         self.entries = Entries(config.tracking.sweep or config.tracking.experiment, self.digest, run_texts.row_name(config))
@@ -257,7 +283,7 @@ def deliver(home: Path, entries: Entries) -> None:
         return
     import mlflow.entities as kinds
 
-    _probe(home / "mlflow.db")
+    _probe(home)
     client = _client(home)
     if not entries.run_id:
         entries.run_id = _find_or_create(client, entries, home)
@@ -293,9 +319,16 @@ def _client(home: Path) -> Any:
     return MlflowClient(store_uri(home))
 
 
-def _probe(store: Path) -> None:
-    """Raise sqlite's error within seconds when the store cannot be written: MLflow itself would retry for the better part of an hour."""
-    with closing(sqlite3.connect(store, timeout=BUSY_SECONDS)) as connection:
+def _probe(home: Path) -> None:
+    """Raise the database's error within seconds when the store cannot be written: MLflow itself would retry for minutes, or an hour."""
+    file = store_file(home)
+    if file is None:
+        import sqlalchemy
+
+        engine = sqlalchemy.create_engine(store_uri(home), poolclass=sqlalchemy.pool.NullPool, connect_args={"connect_timeout": int(BUSY_SECONDS)})
+        engine.connect().close()
+        return
+    with closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.rollback()
 
@@ -319,7 +352,7 @@ def close_row(home: Path, run_id: str, digest: str, reason: str) -> bool:
     from mlflow import MlflowClient
 
     try:
-        _probe(home / "mlflow.db")
+        _probe(home)
         client = MlflowClient(store_uri(home))
         with suppress(Timeout), _row_lock(home, digest).acquire(timeout=0) if digest else nullcontext():
             if client.get_run(run_id).info.status == "RUNNING":
@@ -350,8 +383,8 @@ def _experiment(client: Any, name: str, home: Path) -> str:
 def describe_experiment(home: Path, name: str, text: str) -> None:
     """Write what an experiment is to find out as its description, unless a person wrote one. Trouble is only reported."""
     try:
-        if (home / "mlflow.db").exists():
-            _probe(home / "mlflow.db")
+        if store_exists(home):
+            _probe(home)
         client = _client(home)
         experiment = client.get_experiment(_experiment(client, name, home))
         if experiment.tags.get(NOTE, experiment.tags.get(OURS)) == experiment.tags.get(OURS):
@@ -362,24 +395,26 @@ def describe_experiment(home: Path, name: str, text: str) -> None:
 
 
 def close_rows(home: Path, sweep: str, reason: str) -> int:
-    """End the rows of a sweep that still say they run, when the caller knows that none of its processes lives; returns how many.
+    """End the rows of a sweep that still say they run though their process is gone: nobody holds their lock. Returns how many.
 
     A process that was killed could not do it. The row goes on when its configuration runs again.
     """
-    if not (home / "mlflow.db").exists():
+    if not store_exists(home):
         return 0
-    client = _client(home)
+    closed = 0
     try:
-        _probe(home / "mlflow.db")
+        _probe(home)
+        client = _client(home)
         wanted = f"tags.`lbllm.sweep` = '{sweep}' and attributes.status = 'RUNNING'"
         rows = client.search_runs([e.experiment_id for e in client.search_experiments()], wanted)
         for row in rows:
-            client.set_tag(row.info.run_id, "lbllm.error", reason[:4000])
-            client.set_terminated(row.info.run_id, "KILLED")
+            with suppress(Timeout), _row_lock(home, row.data.tags.get("lbllm.config", "")).acquire(timeout=0):
+                client.set_tag(row.info.run_id, "lbllm.error", reason[:4000])
+                client.set_terminated(row.info.run_id, "KILLED")
+                closed += 1
     except Exception as error:
         log.warning("MLflow's store did not take the end of a run of the sweep %s (%s)", sweep, _brief(error))
-        return 0
-    return len(rows)
+    return closed
 
 
 def share_columns(home: Path, experiment_id: str, metrics: Iterable[str], params: Iterable[str], sweep: str = "") -> str:
@@ -399,7 +434,7 @@ def share_columns(home: Path, experiment_id: str, metrics: Iterable[str], params
     text = json.dumps(view, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     try:
-        _probe(home / "mlflow.db")
+        _probe(home)
         _client(home).set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", text)
     except Exception as error:
         log.warning("MLflow's store did not take the view of %s (%s)", sweep or "all runs", _brief(error))

@@ -10,8 +10,10 @@ every argument before a pointer crosses.
 |---|---|---|
 | `fused` | 1 (up to 8) | one: every block quantizes the tokens itself while its weights travel |
 | `decode` | up to 16 | two, overlapping on Hopper: quantizer, product |
+| `sliced` | up to 16 | as `decode`, the quantizer in small blocks that find room beside a running product |
+| `early` | up to 16, layers of up to 4096 channels | as `sliced`, the weights expanded before the tokens are there |
 | `narrow`, `middle`, `wide` | any (32, 64, 128 tokens a block) | two, likewise |
-| `hopper` (`hopper128`, `hopper256`) | any, on Hopper: wgmma | two, likewise; tokens in the order that wgmma reads |
+| `hopper` (`hopper128`, `hopper256`, `hopper_split`) | any, on Hopper: wgmma | two, likewise; tokens in the order that wgmma reads |
 | `library` | more than 16 | expand to int8, cuBLASLt's int8 product, finish: kept to compare with |
 
 Which path, and how decode launches are cut, was measured for the shapes in `cuda_plans.json`; other shapes follow rules.
@@ -41,16 +43,17 @@ from lbllm_kernels.cuda_weight import CudaWeight, device_reason, ensure, functio
 
 __all__ = [
     "CudaTokens", "CudaWeight", "Plan", "accumulate", "choose_path", "codes_in_order", "device_reason", "expanded", "forward", "is_hopper", "library",
-    "linear", "planned", "quantize", "state", "stored", "unsupported",
+    "linear", "planned", "quantize", "refusal", "state", "stored", "unsupported",
 ]  # fmt: skip
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5, "hopper": 6, "hopper128": 7, "hopper256": 8, "library": -1}
-MOST_TOKENS = {"fused": 8, "decode": 16}
+PATHS = {"auto": 0, "fused": 1, "decode": 2, "narrow": 3, "middle": 4, "wide": 5, "hopper": 6, "hopper128": 7, "hopper256": 8, "hopper_split": 9, "sliced": 10, "early": 11, "library": -1}
+MOST_TOKENS = {"fused": 8, "decode": 16, "sliced": 16, "early": 16}
 FUSED_UP_TO = 1  # tokens that are cheaper to quantize again in every block than in a launch of their own
 HOPPER_FROM = 257  # tokens from which wgmma beats mma.sync
+EARLY_CHANNELS = cuda_plans.EARLY_WARPS * cuda_plans.HELD_CHANNELS
 FUSED_BYTES = 88 << 10  # with what the kernels declare themselves: what every covered device gives a block
-OVERLAP_PAIR, OVERLAP_PREVIOUS, WGMMA_ORDER = 1, 2, 4  # previous: only when the weight's tensors were complete before the kernel that ran last
+OVERLAP_PAIR, OVERLAP_PREVIOUS, WGMMA_ORDER, SMALL_BLOCKS = 1, 2, 4, 8  # previous: only when the weight's tensors were complete before the kernel that ran last
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def planned(tokens: int, weight: CudaWeight, plan: Plan = DEFAULT_PLAN) -> tuple
         return by_rule
     levels = f"{'codebook' if weight.words is None else 'explicit'}-{weight.group_size}"
     cut = cuda_plans.find(_device_name(index), weight.out_features, weight.in_features, levels, tokens)
-    if cut is None or (cut.path == "fused" and tokens * (weight.padded + 16) > FUSED_BYTES):
+    if cut is None or refusal(cut.path, tokens, weight):
         return by_rule
     return cut.path, Plan(cut.row_tiles, cut.warps, plan.flags, cut.prefetch)
 
@@ -154,27 +157,39 @@ def quantize(x: Tensor, factors: ActFactors, *, path: str = "", flags: int = 0) 
     run, (top, numbers), x = functions().lut8_cuda_quantize, _numbers(factors), _checked_input(x)
     tokens, in_features = x.shape
     wgmma = (path or choose_path(tokens, is_hopper(x.device.index))).startswith("hopper")
+    flags |= WGMMA_ORDER * wgmma | SMALL_BLOCKS * (path in ("sliced", "early"))
     q = torch.empty((tokens, padded_channels(in_features)), dtype=torch.int8, device=x.device)
     scale, zero = torch.empty(tokens, dtype=torch.float32, device=x.device), torch.empty(tokens, dtype=torch.int32, device=x.device)
     if tokens:
         with torch.cuda.device(x.device):
             code = run(
                 x.device.index, x.data_ptr(), DTYPES[x.dtype], tokens, in_features, q.shape[1], top, numbers,
-                q.data_ptr(), scale.data_ptr(), zero.data_ptr(), flags | WGMMA_ORDER * wgmma, stream_of(x.device),
+                q.data_ptr(), scale.data_ptr(), zero.data_ptr(), flags, stream_of(x.device),
             )  # fmt: skip
         ensure(code, f"quantizing {tokens} tokens of {in_features} channels")
     return CudaTokens(q, scale, zero, in_features, wgmma)
 
 
-def _check_path(path: str, tokens: int, weight: CudaWeight) -> None:
-    if path == "fused" and tokens * (weight.padded + 16) > FUSED_BYTES:
-        raise ValueError(f"path 'fused' holds its tokens in {FUSED_BYTES} bytes of shared memory; {tokens} of {weight.padded} channels are more")
-    if path.startswith("hopper") and not is_hopper(weight.device.index or 0):
-        raise ValueError(f"path {path!r} needs a Hopper GPU")
+def refusal(path: str, tokens: int, weight: CudaWeight) -> str | None:
+    """Why a path cannot take so many tokens of a layer, or None."""
     if path not in PATHS:
-        raise ValueError(f"path {path!r} is unknown; choose one of {', '.join(PATHS)}")
+        return f"path {path!r} is unknown; choose one of {', '.join(PATHS)}"
+    if path.startswith("hopper") and not is_hopper(weight.device.index or 0):
+        return f"path {path!r} needs a Hopper GPU"
     if tokens > MOST_TOKENS.get(path, tokens):
-        raise ValueError(f"path {path!r} takes at most {MOST_TOKENS[path]} tokens, got {tokens}")
+        return f"path {path!r} takes at most {MOST_TOKENS[path]} tokens, got {tokens}"
+    if path == "library" and tokens <= MOST_TOKENS["decode"]:
+        return f"path 'library' takes more than {MOST_TOKENS['decode']} tokens, got {tokens}"
+    if path == "fused" and tokens * (weight.padded + 16) > FUSED_BYTES:
+        return f"path 'fused' holds its tokens in {FUSED_BYTES} bytes of shared memory; {tokens} of {weight.padded} channels are more"
+    if path == "early" and weight.padded > EARLY_CHANNELS:
+        return f"path 'early' holds {EARLY_CHANNELS} channels in registers; the layer has {weight.padded}"
+    return None
+
+
+def _check_path(path: str, tokens: int, weight: CudaWeight) -> None:
+    if reason := refusal(path, tokens, weight):
+        raise ValueError(reason)
 
 
 def _product(tokens: CudaTokens, weight: CudaWeight, y: Tensor | None, acc: Tensor | None, path: str, plan: Plan) -> None:
@@ -205,9 +220,7 @@ def expanded(weight: CudaWeight) -> Tensor:
 
 
 def _library_product(tokens: CudaTokens, weight: CudaWeight, y: Tensor | None, acc: Tensor | None) -> None:
-    """cuBLASLt's int8 product between an expansion and a finish. It takes more than 16 tokens."""
-    if tokens.tokens <= MOST_TOKENS["decode"]:
-        raise ValueError(f"path 'library' takes more than {MOST_TOKENS['decode']} tokens, got {tokens.tokens}")
+    """cuBLASLt's int8 product between an expansion and a finish."""
     sums = torch._int_mm(tokens.q, expanded(weight).T)
     if acc is not None:
         acc.copy_(sums[:, : weight.out_features])
@@ -229,7 +242,7 @@ def linear(tokens: CudaTokens, weight: CudaWeight, dtype: torch.dtype = torch.fl
     y = torch.empty((tokens.tokens, weight.out_features), dtype=_output_dtype(dtype), device=weight.device)
     if path == "auto" and not tokens.wgmma:
         measured = planned(tokens.tokens, weight, plan)
-        path, plan = measured if measured[0] in ("decode", "narrow", "middle", "wide") else (path, plan)  # the others want other tokens
+        path, plan = measured if measured[0] in ("decode", "sliced", "early", "narrow", "middle", "wide") else (path, plan)  # the others want other tokens
     if y.numel():
         _product(tokens, weight, y, None, path, plan)
     return y.to(dtype)

@@ -21,12 +21,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).with_name("cuda_plans.json")
 Row = tuple[int, int, str, int, str, int, int, int]
 FEW = 16  # tokens of a decode launch
 FUSED = 8
-_PATHS = ("fused", "decode", "narrow", "middle", "wide", "hopper128", "hopper256")
+HELD_CHANNELS = 512  # that a warp of an `early` launch can hold
+EARLY_WARPS = 8  # that such a launch can have
+_PATHS = ("fused", "decode", "sliced", "early", "narrow", "middle", "wide", "hopper128", "hopper256", "hopper_split")
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,17 @@ def parse(text: str) -> dict[str, list[Row]]:
         raise ValueError("plans: expected an object from device names to rows")
     for device, rows in tables.items():
         for row in rows:
-            good = len(row) == 8 and all(isinstance(row[i], int) for i in (0, 1, 3, 5, 6, 7)) and row[4] in _PATHS and 0 <= row[5] <= 4 and 0 <= row[6] <= 16
-            if not good:
+            if not _good(row):
                 raise ValueError(f"plans of {device}: row {row} is not [out, in, levels, tokens, path, row_tiles, warps, prefetch]")
     return {device: [tuple(row) for row in rows] for device, rows in tables.items()}
+
+
+def _good(row: list[Any]) -> bool:
+    if len(row) != 8 or not all(isinstance(row[i], int) for i in (0, 1, 3, 5, 6, 7)) or row[4] not in _PATHS:
+        return False
+    if row[4] == "early" and not (row[3] <= FEW and row[1] <= HELD_CHANNELS * row[6] and row[3] / 2 <= row[6] <= EARLY_WARPS):
+        return False  # no other cut holds such a layer
+    return bool(0 <= row[5] <= 4 and 0 <= row[6] <= 16)
 
 
 def load(path: Path = FILE) -> dict[str, list[Row]]:

@@ -14,37 +14,72 @@ from lbllm_core.report.tables import Cells, markdown, number
 Record = Mapping[str, Any]
 
 
-def product_table(records: Sequence[Record], baseline: str) -> str:
-    """Markdown: a line a shape and level storage, a column a number of tokens."""
-    base = {(r["n"], r["k"], r["m"]): r["value"] for r in records if r["name"] == "kernel_us" and r.get("op") == baseline}
-    ours: dict[tuple[Any, ...], dict[int, float]] = {}
+Shape = tuple[int, int, str, int]
+
+
+def _products(records: Iterable[Record], baseline: str) -> tuple[dict[tuple[int, int, int], float], dict[Shape, dict[int, float]]]:
+    """The baseline's microseconds by (n, k, tokens); ours, the fastest path's, by shape and level storage, then tokens."""
+    base: dict[tuple[int, int, int], float] = {}
+    ours: dict[Shape, dict[int, float]] = {}
     for r in records:
-        if r["name"] == "kernel_us" and r.get("op") == "ours":
+        if r["name"] != "kernel_us":
+            continue
+        if r.get("op") == baseline:
+            base[r["n"], r["k"], r["m"]] = r["value"]
+        if r.get("op") == "ours":
             line = ours.setdefault((r["n"], r["k"], r["level_mode"], r["group_size"]), {})
             line[r["m"]] = min(r["value"], line.get(r["m"], float("inf")))
+    return base, ours
+
+
+def _storage(mode: str, group: int) -> str:
+    return f"table, G={group}" if mode == "codebook" else f"stored, G={group}"
+
+
+def product_table(records: Sequence[Record], baseline: str) -> str:
+    """Markdown: a line a shape and level storage, a column a number of tokens."""
+    base, ours = _products(records, baseline)
     tokens = sorted({m for line in ours.values() for m in line})
     cells: Cells = [["N x K", "levels", *(f"M={m}" for m in tokens)]]
     for (n, k, mode, group), line in ours.items():
-        stored = f"table, G={group}" if mode == "codebook" else f"stored, G={group}"
         values = [f"{number(line[m])} us, {base[n, k, m] / line[m]:.2f}x" if m in line and (n, k, m) in base else "" for m in tokens]
-        cells.append([f"{n} x {k}", stored, *values])
+        cells.append([f"{n} x {k}", _storage(mode, group), *values])
     return markdown(cells)
 
 
-BESIDE = {"cublas_fp16": "cuBLAS fp16", "ours_beside": "ours, stored, G=128", "gemlite_a16w2": "GemLite A16W2", "humming_w2": "Humming W2A16"}
+def speedups(records: Sequence[Record], baseline: str) -> dict[str, list[tuple[float, float]]]:
+    """Points (tokens, times faster) of each shape and level storage that was measured, for a plot."""
+    base, ours = _products(records, baseline)
+    lines = {
+        f"{n} x {k}, {_storage(mode, group)}": [(float(m), base[n, k, m] / line[m]) for m in sorted(line) if (n, k, m) in base]
+        for (n, k, mode, group), line in ours.items()
+    }
+    return {name: points for name, points in lines.items() if points}
+
+
+BESIDE = {
+    "cublas_fp16": "cuBLAS fp16", "ours_beside": "ours, stored, G=128", "gemlite_a16w2": "GemLite A16W2", "humming_w2": "Humming W2A16",
+    "cublaslt_int8": "cuBLASLt int8",
+}  # fmt: skip
 
 
 def peers_table(records: Sequence[Record]) -> str:
-    """Markdown: a line a shape and number of tokens, a column a library; how many times faster than cuBLAS of the same run it is."""
-    times: dict[tuple[int, int, int], dict[str, Record]] = {}
+    """Markdown: a line a shape and number of tokens, a column a library; how many times faster than cuBLAS of the same run it is.
+
+    A row of a library that the time did not reach, or that failed, says so; cuBLASLt's int8 product pads up to 16 tokens to 32.
+    """
+    cells_of: dict[tuple[int, int, int], dict[str, str]] = {}
     for r in records:
-        if r["name"] == "kernel_us" and r.get("op") in BESIDE:
-            times.setdefault((r["m"], r["n"], r["k"]), {})[str(r["op"])] = r
-    ops = [op for op in BESIDE if any(op in line for line in times.values())]
+        if r.get("op") not in BESIDE:
+            continue
+        line = cells_of.setdefault((r["m"], r["n"], r["k"]), {})
+        if r["name"] == "kernel_us":
+            line[str(r["op"])] = f"{number(r['value'])} us" + (f", {r['speedup']:.2f}x" if "speedup" in r else "")
+        elif r["name"] == "not_reached":
+            line[str(r["op"])] = "not reached" if r["why"] == "time" else "failed"
+    ops = [op for op in BESIDE if any(op in line for line in cells_of.values())]
     cells: Cells = [["N x K", "M", *(BESIDE[op] for op in ops)]]
-    for (m, n, k), line in sorted(times.items()):
-        values = [f"{number(line[op]['value'])} us" + (f", {line[op]['speedup']:.2f}x" if "speedup" in line[op] else "") if op in line else "" for op in ops]
-        cells.append([f"{n} x {k}", str(m), *values])
+    cells += [[f"{n} x {k}", str(m), *(line.get(op, "") for op in ops)] for (m, n, k), line in sorted(cells_of.items())]
     return markdown(cells)
 
 

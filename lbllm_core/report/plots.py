@@ -87,13 +87,17 @@ def bars(values: Mapping[str, float], path: Path, title: str, label: str, errors
     return _save(figure, path)
 
 
-def curves(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str, x_label: str, y_label: str, log: bool = True) -> Path:
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str, x_label: str, y_label: str, log: bool = True, log_x: bool = False) -> Path:
     """One line a name, from (x, y) pairs, such as the error of each block. `log`: logarithmic y when every value is positive."""
     figure, axes = _figure(6.4, 3.6)
     for index, (name, points) in enumerate(lines.items()):
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, color=COLOURS[index % len(COLOURS)], marker="o", markersize=3, linewidth=1.2)
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, marker="o", markersize=3, linewidth=1.2, **style)
     if log and all(y > 0 for points in lines.values() for _, y in points):
         axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_title(title, fontsize=10)

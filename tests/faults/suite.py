@@ -2,7 +2,7 @@
 
     python tests/faults/suite.py [--only KIND,...] [--moments 20] [--record results/faults.json]
 
-Prints a line a trial; ends with 1 when one failed (zero are allowed). What this machine cannot do (mount, libfaketime) is skipped with its
+Prints a line a trial; ends with 1 when one failed (zero are allowed). What this machine cannot do (mount, libfaketime, Postgres) is skipped with its
 reason. SIGTERM lets the trial at work end and records what was done. `--record` writes trials and failures by kind, in place of earlier ones of the same kinds; each carries the commit it was made at.
 """
 
@@ -26,6 +26,7 @@ import install
 import kills
 import store
 import sweeps
+import workers
 from bench import Bench, Skipped, Trial
 
 from lbllm_core.report.records import commit, write_results
@@ -40,6 +41,7 @@ def groups(bench: Bench, moments: int) -> dict[str, Callable[[], Iterator[Trial]
         "damage": lambda: damage.trials(bench),
         "store": lambda: store.trials(bench),
         "sweeps": lambda: sweeps.trials(bench),
+        "workers": lambda: workers.trials(bench),
         "disk": lambda: disk.trials(bench),
         "clock": lambda: clock.trials(bench),
         "kill": lambda: kills.trials(bench, moments),
@@ -49,7 +51,7 @@ def groups(bench: Bench, moments: int) -> dict[str, Callable[[], Iterator[Trial]
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="groups, separated by commas: install, damage, store, sweeps, disk, clock, kill, inputs")
+    parser.add_argument("--only", default="", help="groups, separated by commas: install, damage, store, sweeps, workers, disk, clock, kill, inputs")
     parser.add_argument("--moments", type=int, default=20, help="kills over the whole flow")
     parser.add_argument("--record", type=Path, help="write trials and failures into this results file")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the trials")

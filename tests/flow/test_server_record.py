@@ -12,7 +12,7 @@ import psutil
 import pytest
 from flow_stack import free_port
 
-from flows import servers
+from flows import launch, servers
 from flows.servers import Server
 
 
@@ -54,6 +54,34 @@ def test_one_that_is_still_starting_is_waited_for(recorded) -> None:  # type: ig
     assert found.port == port
     late[0].shutdown()
     assert process.poll() is None
+
+
+def of_another_machine(home: Path, keeper: str = "up") -> None:
+    """The record of a Prefect server that runs on another machine which shares the home; its process id is one of ours by chance."""
+    me = psutil.Process()
+    servers._record(home, Server("prefect", me.pid, me.create_time(), free_port(), keeper, "another-machine"))
+
+
+def test_the_servers_of_another_machine_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_another_machine(tmp_path)
+    monkeypatch.setenv("LBLLM_PREFECT_PORT", str(free_port()))
+    monkeypatch.setenv("LBLLM_HOME", str(tmp_path))
+    with servers.up_lock(tmp_path).acquire(timeout=0):
+        assert servers.elsewhere(tmp_path) == "another-machine"
+        assert servers.running(tmp_path, "prefect") is None
+        assert not servers.stop(tmp_path, "prefect")
+        assert (tmp_path / "servers" / "prefect.json").exists()
+        with pytest.raises(servers.ServerError, match=r"ssh -N -L .* another-machine"), servers.prefect_for_this_run(tmp_path):
+            pass
+        with pytest.raises(servers.ServerError, match="another-machine runs the servers of this home"):
+            launch.up(tmp_path)
+
+
+def test_the_record_of_a_machine_that_is_gone_hinders_nobody(tmp_path: Path) -> None:
+    of_another_machine(tmp_path)
+    assert servers.elsewhere(tmp_path) == "", "nobody holds the lock"
+    assert servers.running(tmp_path, "prefect") is None
+    assert servers.prefect_that_answers(tmp_path) is None
 
 
 def test_none_is_none(tmp_path: Path) -> None:

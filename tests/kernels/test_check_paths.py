@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_scripts import load
 from lbllm_kernels.paths import REFERENCE
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("check_paths", Path(__file__).resolve().parents[2] / "kernels" / "check_paths.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_paths"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load("check_paths")
 
 
 def row_of(script, monkeypatch, path):

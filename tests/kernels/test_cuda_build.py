@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,51 +20,79 @@ needs_nvcc = pytest.mark.skipif(build_cuda.compiler() is None, reason="no nvcc")
 GPU_REASON = cuda.library().reason if cuda.library().functions is None else None
 
 
+def disassembler() -> str | None:
+    """cuobjdump: `CUOBJDUMP` if set, else on the path or beside nvcc, else the one that Triton brings."""
+    nvcc, triton = build_cuda.compiler(), importlib.util.find_spec("triton")
+    names = [os.environ.get("CUOBJDUMP") or "cuobjdump", *([str(Path(nvcc).with_name("cuobjdump"))] if nvcc else [])]
+    names += [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")] if triton and triton.origin else []
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def disassembled(*objects: str) -> dict[str, str]:
+    """Machine code of each kernel, `sm:name` -> text."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump (CUOBJDUMP names another place)")
+    found: dict[str, str] = {}
+    for path in objects:
+        done = subprocess.run([tool, "--dump-sass", path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        for part in done.stdout.split("\nFatbin elf code:")[1:]:
+            arch = re.search(r"arch = (\w+)", part)
+            assert arch
+            for piece in part.split("Function : ")[1:]:
+                found[f"{arch[1]}:{piece.split()[0]}"] = piece
+    return found
+
+
 @pytest.fixture(scope="module")
 def sass() -> dict[str, str]:
-    """Disassembly of each kernel of the built object, `sm:name` -> text."""
-    tool = shutil.which(os.environ.get("CUOBJDUMP", "cuobjdump"))
-    if build_cuda.compiler() is None or tool is None:
-        pytest.skip("no nvcc" if build_cuda.compiler() is None else "no cuobjdump (CUOBJDUMP names another place)")
-    done = subprocess.run([tool, "--dump-sass", str(build_cuda.build())], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, str] = {}
-    for part in done.stdout.split("\nFatbin elf code:")[1:]:
-        arch = re.search(r"arch = (\w+)", part)
-        assert arch
-        for piece in part.split("Function : ")[1:]:
-            found[f"{arch[1]}:{piece.split()[0]}"] = piece
-    return found
+    if build_cuda.compiler() is None:
+        pytest.skip("no nvcc")
+    return disassembled(str(build_cuda.build()))
+
+
+def assert_good(sass: dict[str, str]) -> None:
+    """Products use tensor cores, byte permutations and 16-byte loads; no kernel keeps registers in local memory."""
+    for name, text in sass.items():
+        if any(kernel in name for kernel in ("decode_kernel", "early_kernel", "tiled_kernel")):
+            assert "IMMA.16832.S8.S8" in text, name
+            assert text.count("PRMT") >= 16, name
+            assert re.search(r"LDG\S*\.128", text), name
+        if "hopper_kernel" in name and name.startswith("sm_90a"):
+            assert "IGMMA.64x" in text, name
+            assert text.count("PRMT") >= 16, name
+        if "early_kernel" in name and name.startswith("sm_90a"):  # weights are expanded before the wait for the kernel before
+            before, after = text.split("ACQBULK")
+            assert (before.count("PRMT") >= 64, "PRMT" in after) == (True, False), name
+        assert not re.search(r"\b(LDL|STL)\b", text), name
 
 
 @needs_nvcc
 def test_machine_code_of_both_architectures(sass):
     kernels = {name.split(":")[1] for name in sass}
     assert {name.split(":")[0] for name in sass} == {"sm_80", "sm_90a"}
-    for name in ("quantize_kernel", "decode_kernel", "tiled_kernel", "dequantize_kernel", "finish_kernel"):
+    for name in ("quantize_kernel", "decode_kernel", "early_kernel", "tiled_kernel", "dequantize_kernel", "finish_kernel"):
         assert any(name in kernel for kernel in kernels), name
 
 
 @needs_nvcc
 def test_products_use_tensor_cores_and_byte_permutations_and_no_local_memory(sass):
-    for name, text in sass.items():
-        if "decode_kernel" in name or "tiled_kernel" in name:
-            assert "IMMA.16832.S8.S8" in text, name
-            assert text.count("PRMT") >= 16, name
-            assert re.search(r"LDG\S*\.128", text), name
-        if "hopper_kernel" in name and name.startswith("sm_90a"):
-            assert "IGMMA.64x" in text, name
-        assert not re.search(r"\b(LDL|STL)\b", text), name
+    assert_good(sass)
 
 
 @needs_nvcc
-@pytest.mark.skipif(not os.environ.get("LBLLM_LONG_TESTS"), reason="a minute a time; LBLLM_LONG_TESTS=1 runs it")
+@pytest.mark.skipif(not os.environ.get("LBLLM_LONG_TESTS"), reason="minutes; `make test-cuda` runs it")
 @pytest.mark.parametrize("architecture", ["86", "89", "100a", "120a"])
-def test_other_architectures_compile(tmp_path, architecture):
+def test_other_architectures_compile_as_well(tmp_path, architecture):
     folder, tool = build_cuda.source_folder(), build_cuda.compiler()
     assert folder
     assert tool
-    assert len(build_cuda.compile_sources(tool, folder, tmp_path, (architecture,))) == len(list(folder.glob("*.cu")))
+    objects = build_cuda.compile_sources(tool, folder, tmp_path, (architecture,))
+    assert len(objects) == len(list(folder.glob("*.cu")))
+    found = disassembled(*objects)
+    assert {name.split(":")[0] for name in found} == {f"sm_{architecture}"}
+    assert_good(found)
 
 
 def test_no_nvcc_is_said(tmp_path, monkeypatch):

@@ -125,8 +125,30 @@ def test_decode_sums_are_exact(emulated, m, out, n, group, mode, rows, warps, se
     assert torch.equal(sums(emulated, packed, q, "decode", rows, warps), reference.accumulate(q, packed))
 
 
-@pytest.mark.parametrize(("path", "m", "n"), [("narrow", 33, 700), ("narrow", 5, 50), ("middle", 70, 1300), ("wide", 17, 400), ("wide", 130, 900),
-                                             ("hopper128", 5, 100), ("hopper128", 150, 900), ("hopper256", 40, 520), ("hopper256", 260, 130)])
+@given(
+    st.integers(1, 16), st.integers(1, 40), st.integers(1, 1500), st.sampled_from(cuda_layout.GROUP_SIZES), st.sampled_from(["explicit", "codebook"]),
+    st.sampled_from([0, 8]), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_early_sums_are_exact(emulated, m, out, n, group, mode, warps, seed):
+    """Warps with four, with fewer and with no k tiles."""
+    packed = random_packed(out, n, group, mode, seed)
+    q = random_q(m, n, seed)
+    assert torch.equal(sums(emulated, packed, q, "early", 1, warps), reference.accumulate(q, packed))
+
+
+@pytest.mark.parametrize(("m", "n", "warps"), [(8, 4097, 8), (1, 1024, 9), (1, 513, 1), (9, 512, 4)])
+def test_early_refuses_what_it_cannot_hold(emulated, m, n, warps):
+    weight = Weight(random_packed(16, n, 32, "codebook", 0))
+    q, acc = torch.zeros(m, weight.padded, dtype=torch.int8), torch.zeros(m, 16, dtype=torch.int32)
+    assert emulated.lut8_cuda_product(weight.address, q.data_ptr(), None, None, m, None, 0, acc.data_ptr(), cuda.PATHS["early"], 1, warps, 0, 0, None) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "m", "n"),
+    [("narrow", 33, 700), ("narrow", 5, 50), ("middle", 70, 1300), ("wide", 17, 400), ("wide", 130, 900), ("hopper128", 5, 100), ("hopper128", 150, 900),
+     ("hopper256", 40, 520), ("hopper256", 260, 130)],
+)  # fmt: skip
 @pytest.mark.parametrize(("mode", "group"), [("explicit", 128), ("codebook", 16)])
 def test_many_token_sums_are_exact(emulated, path, m, n, mode, group):
     packed = random_packed(70, n, group, mode, seed=m)
@@ -134,7 +156,17 @@ def test_many_token_sums_are_exact(emulated, path, m, n, mode, group):
     assert torch.equal(sums(emulated, packed, q, path), reference.accumulate(q, packed))
 
 
-@pytest.mark.parametrize(("path", "m"), [("fused", 1), ("fused", 3), ("fused", 8), ("decode", 1), ("decode", 12), ("narrow", 20), ("hopper", 20)])
+@pytest.mark.parametrize("k_tiles", range(1, 11))
+@pytest.mark.parametrize(("mode", "group"), [(mode, group) for mode in ("explicit", "codebook") for group in cuda_layout.GROUP_SIZES])
+def test_sums_of_split_blocks_are_exact(emulated, k_tiles, mode, group):
+    """Parts with equal and with unequal numbers of k tiles, one of them with none; row and token tiles that are full, short and several."""
+    m, out, n = 1 + k_tiles * 29 % 140, 1 + k_tiles * 53 % 280, 128 * k_tiles - k_tiles * 37 % 128
+    packed = random_packed(out, n, group, mode, seed=k_tiles, extreme=k_tiles % 2 == 0)
+    q = random_q(m, n, seed=n)
+    assert torch.equal(sums(emulated, packed, q, "hopper_split"), reference.accumulate(q, packed))
+
+
+@pytest.mark.parametrize(("path", "m"), [("fused", 1), ("fused", 3), ("fused", 8), ("decode", 1), ("decode", 12), ("sliced", 1), ("sliced", 12), ("early", 3), ("early", 12), ("narrow", 20), ("hopper", 20), ("hopper_split", 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("n", "factors"), [(136, PIECEWISE), (50, ActFactors("uniform")), (300, ActFactors("piecewise"))])
 def test_outputs_are_equal(emulated, path, m, dtype, n, factors):
@@ -149,17 +181,16 @@ def test_outputs_are_equal(emulated, path, m, dtype, n, factors):
     assert torch.equal(torch.nan_to_num(output(emulated, packed, x, factors, path).float(), nan=1e9), torch.nan_to_num(expected.float(), nan=1e9))
 
 
-@pytest.mark.parametrize("wgmma", [False, True])
+@pytest.mark.parametrize("flags", [0, cuda.WGMMA_ORDER, cuda.SMALL_BLOCKS])
 @pytest.mark.parametrize(("n", "dtype"), [(50, torch.float16), (136, torch.float32), (4096, torch.bfloat16), (8330, torch.float16), (9000, torch.float32)])
-def test_the_quantizer_writes_either_order(emulated, n, dtype, wgmma):
+def test_the_quantizer_writes_either_order_in_large_and_small_blocks(emulated, n, dtype, flags):
     x = torch.randn(5, n, generator=torch.Generator().manual_seed(n)).to(dtype)
     top, four = numbers(PIECEWISE)
     q, scale, zero = torch.full((5, cuda_layout.padded_channels(n)), 99, dtype=torch.int8), torch.empty(5), torch.empty(5, dtype=torch.int32)
     pointers = [t.data_ptr() for t in (q, scale, zero)]
-    flags = cuda.WGMMA_ORDER * wgmma
     assert emulated.lut8_cuda_quantize(0, x.data_ptr(), cuda.DTYPES[dtype], 5, n, q.shape[1], top, four, *pointers, flags, None) == 0
     expected = quantize_activations(x, PIECEWISE)
-    assert torch.equal(cuda_layout.channel_order(q) if wgmma else q, cuda_layout.pad_tokens(expected[0]))
+    assert torch.equal(cuda_layout.channel_order(q) if flags == cuda.WGMMA_ORDER else q, cuda_layout.pad_tokens(expected[0]))
     assert torch.equal(scale, expected[1][:, 0])
     assert torch.equal(zero, expected[2][:, 0])
 

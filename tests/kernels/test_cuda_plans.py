@@ -54,7 +54,8 @@ def test_no_file_is_no_plan(tmp_path):
     assert cuda_plans.load(tmp_path / "absent.json") == {}
 
 
-@pytest.mark.parametrize("row", ['[64, 128, "codebook-32", 1, "slow", 2, 16, 64]', "[1, 2]", '[64, 128, "codebook-32", 1, "fused", 5, 16, 64]', '[64, 128, "codebook-32", "1", "fused", 1, 16, 64]'])
+@pytest.mark.parametrize("row", ['[64, 128, "codebook-32", 1, "slow", 2, 16, 64]', "[1, 2]", '[64, 128, "codebook-32", 1, "fused", 5, 16, 64]', '[64, 128, "codebook-32", "1", "fused", 1, 16, 64]', '[64, 4097, "codebook-32", 8, "early", 1, 8, 0]',
+                                  '[64, 128, "codebook-32", 16, "early", 1, 9, 0]', '[64, 128, "codebook-32", 32, "early", 1, 8, 0]'])
 def test_a_bad_row_is_named(row):
     with pytest.raises(ValueError, match="plans of a card: row"):
         cuda_plans.parse(f'{{"a card": [{row}]}}')

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from kernel_scripts import load
 
-SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "measure_gpu.py"
 HANGS = "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(child.pid, flush=True); time.sleep(60)"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("measure_gpu", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["measure_gpu"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("measure_gpu")
 
 
 def alive(pid: int) -> bool:
@@ -67,3 +61,19 @@ def test_parts_become_the_files_of_results(script, tmp_path):
     assert kernels["command"] == "python kernels/measure_gpu.py --minutes 9"
     assert kernels["correctness"] == "exact"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "models.json", "peers.json"]
+
+
+def test_shapes_go_to_the_parts_that_measure_shapes(script):
+    parts = {part.name: part for part in script.PARTS}
+    assert script.of_shapes(parts["tune"], "4096x4096").command[-2:] == ("--shapes", "4096x4096")
+    assert script.of_shapes(parts["tune"], "") == parts["tune"]
+    assert script.of_shapes(parts["paths"], "4096x4096") == parts["paths"]
+    assert set(script.SHAPED) | set(script.EXTRA) <= set(parts)
+
+
+def test_a_part_is_told_what_time_is_left(script, tmp_path):
+    session = script.Session(tmp_path, 1, dict(os.environ))
+    session.run(script.Part("told", ("-c", "import sys; print('told', *sys.argv[1:])", "{minutes}", "{out}/x"), 400, ""))
+    told = next(line for line in (tmp_path / "session.log").read_text().splitlines() if "] told: told" in line).split()
+    assert 0.3 < float(told[-2]) < 0.6
+    assert told[-1] == f"{tmp_path}/x"

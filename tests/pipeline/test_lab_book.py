@@ -14,6 +14,7 @@ from mlflow.entities import Run
 from lbllm_core.config import RunConfig, TrackingConfig
 from lbllm_core.engine.artifacts import Handle
 from lbllm_core.engine.progress import Progress
+from lbllm_core.errors import ConfigError
 from lbllm_core.pipeline import Finished
 from tasks import system_metrics, tracking
 from tasks.tracking import LabBook, describe_experiment, store_uri
@@ -102,6 +103,32 @@ def test_store_that_goes_in_the_middle_of_a_call(home: Path, caplog: pytest.LogC
     assert "autoflush" not in caplog.text
     assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
     assert [row.info.status for row in rows(home)] == ["FINISHED"]
+
+
+def test_a_store_that_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "book.db"
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{elsewhere}")
+    a_run(home, RunConfig())
+    assert elsewhere.exists()
+    assert not (home / "mlflow.db").exists()
+    for address in ("http://user:secret@127.0.0.1:1", "postgresql://user:secret@127.0.0.1:1/book"):
+        monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", address)
+        with pytest.raises(ConfigError, match="give a database's address") as refused:
+            a_run(home, RunConfig())
+        assert "secret" not in str(refused.value)
+
+
+def test_a_database_that_does_not_answer_is_given_up_within_seconds(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("psycopg2", reason="psycopg2 is not installed: pip install -e '.[postgres]'")
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql+psycopg2://lbllm:secret@127.0.0.1:1/none")
+    with caplog.at_level(logging.WARNING):
+        assert a_run(home, RunConfig()) == ""
+    assert "the run goes on" in caplog.text
+    assert "secret" not in caplog.text
+    assert len(list((home / "mlflow-pending").glob("*.json"))) == 1
+    monkeypatch.delenv("MLFLOW_BACKEND_STORE_URI")
+    a_run(home, RunConfig(seed=2))
+    assert len(rows(home)) == 2
 
 
 def test_tracking_off_writes_nothing(home: Path) -> None:

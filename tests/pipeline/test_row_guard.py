@@ -41,8 +41,8 @@ def row(home: Path, run_id: str) -> Run:
     return MlflowClient(store_uri(home)).get_run(run_id)
 
 
-def started(home: Path, seconds: float = 600) -> tuple[subprocess.Popen[str], str]:
-    process = subprocess.Popen([sys.executable, "-c", RUNS, str(home), str(seconds)], stdout=subprocess.PIPE, text=True)
+def started(home: Path, seconds: float = 600, folder: Path | None = None) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen([sys.executable, "-c", RUNS, str(home), str(seconds)], stdout=subprocess.PIPE, text=True, cwd=folder)
     assert process.stdout is not None
     return process, process.stdout.readline().strip()
 
@@ -65,6 +65,17 @@ def test_a_killed_run_is_ended_and_goes_on(home: Path) -> None:
     assert again.wait() == 0
     assert same == run_id
     assert row(home, run_id).info.status == "FINISHED"
+
+
+def test_a_killed_run_whose_folder_is_gone_is_ended(home: Path, tmp_path: Path) -> None:
+    """A worker of a pool runs each flow in a temporary folder and removes it when it is stopped."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    process, run_id = started(home, folder=folder)
+    folder.rmdir()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert until(home, run_id, "KILLED")
 
 
 def test_a_run_that_ended_by_itself_is_left_alone(home: Path) -> None:

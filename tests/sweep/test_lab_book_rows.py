@@ -37,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_ways_give_the_same(home: Path) -> None:
-    fast, slow = lab_book.runs_by_sql(home), lab_book.runs_by_client(home)
+    fast, slow = lab_book.runs_by_sql(home / "mlflow.db"), lab_book.runs_by_client(home)
     assert len(fast) == 3
     assert repr(fast) == repr(slow)
     assert math.isnan(fast[-1].metrics["eval/odd"])

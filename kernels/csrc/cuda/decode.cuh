@@ -9,7 +9,7 @@
 // programmatic dependent launch all of this happens while the kernels before are still at work.
 // kFused: the block quantizes the tokens itself, into shared memory.
 #pragma once
-#include "launch.cuh"
+#include "early.cuh"
 #include "quantize.cuh"
 
 namespace lut8 {
@@ -83,6 +83,41 @@ __device__ __forceinline__ void load_rows(const Lut8CudaWeight& w, int first_row
   }
 }
 
+// A warp's sums into the block's.
+template <int kRows, int kNTiles>
+__device__ __forceinline__ void add_up(const int (&acc)[kRows][kNTiles][4], int tokens, int* sums) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = n * 8 + lane % 4 * 2 + i % 2, row = r * kTileRows + lane_row(lane, i / 2);
+        if (token < tokens) atomicAdd(&sums[token * kSumStride<kRows> + row], acc[r][n][i]);
+      }
+}
+
+// The block's sums, finished.
+template <int kRows>
+__device__ __forceinline__ void store_block(const Lut8CudaWeight& w, int tokens, const Output& o, const int* sums, const float* token_scale, const int* token_zero,
+                                            const RowNumbers<kRows>& numbers, int first_row) {
+  constexpr int rows = kRows * kTileRows;
+  for (int i = threadIdx.x; i < tokens * rows; i += blockDim.x) {
+    const int token = i / rows, r = i % rows, row = first_row + r;
+    if (row >= w.out) continue;
+    const int sum = sums[token * kSumStride<kRows> + r];
+    const int64_t at = static_cast<int64_t>(token) * w.out + row;
+    if (o.acc) {
+      o.acc[at] = sum;
+      continue;
+    }
+    float v = finish_one(sum, token_scale[token], token_zero[token], numbers.scale[r], numbers.sum[r]);
+    if (w.bias) v = __fadd_rn(v, numbers.bias[r]);
+    store_one(o, at, v);
+  }
+}
+
 // A block's slices of the weight that comes next.
 struct Ahead {
   int k_tiles;         // to prefetch of the block's own weight
@@ -103,11 +138,17 @@ __device__ __forceinline__ void prefetch_next(const Lut8CudaWeight& w, const Ahe
 }
 
 // Two blocks of most warps fit a multiprocessor at 64 registers a thread: then the next layer's can start early. Where that would spill, one.
+// (`kWide`: registers for two level words a group; on Blackwell those that pick them from a table do not fit either.)
+#if __CUDA_ARCH__ >= 1000
+constexpr bool kTableIsWide = true;
+#else
+constexpr bool kTableIsWide = false;
+#endif
 template <int kRows, int kNTiles, bool kWide>
 constexpr int kBlocks = kNTiles == 1 && (kRows == 1 || (kRows == 2 && !kWide)) ? 2 : 1;
 
 template <int kRows, int kNTiles, bool kCodebook, bool kTwo, bool kFused>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo && !kCodebook>) decode_kernel(Lut8CudaWeight w, Tokens t, Output o, Ahead ahead) {
+__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo && (!kCodebook || kTableIsWide)>) decode_kernel(Lut8CudaWeight w, Tokens t, Output o, Ahead ahead) {
   extern __shared__ __align__(16) int8_t fused_q[];
   __shared__ int sums[kNTiles * 8 * kSumStride<kRows>];
   __shared__ __align__(16) int32_t table[kCodebook ? 256 : 1];
@@ -168,32 +209,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocks<kRows, kNTiles, kTwo &
   }
   if (ahead.slice[0] && warp == warps - 1) prefetch_next(w, ahead);
 
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = n * 8 + lane % 4 * 2 + i % 2, row = r * kTileRows + lane_row(lane, i / 2);
-        if (token < t.m) atomicAdd(&sums[token * kSumStride<kRows> + row], acc[r][n][i]);
-      }
+  add_up<kRows, kNTiles>(acc, t.m, sums);
   if (!kFused && tid < t.m) token_scale[tid] = my_scale, token_zero[tid] = my_zero;
   __syncthreads();
-
-  constexpr int rows = kRows * kTileRows;
-  for (int i = tid; i < t.m * rows; i += blockDim.x) {
-    const int token = i / rows, r = i % rows, row = first_row_tile * kTileRows + r;
-    if (row >= w.out) continue;
-    const int sum = sums[token * kSumStride<kRows> + r];
-    const int64_t at = static_cast<int64_t>(token) * w.out + row;
-    if (o.acc) {
-      o.acc[at] = sum;
-      continue;
-    }
-    float v = finish_one(sum, token_scale[token], token_zero[token], numbers.scale[r], numbers.sum[r]);
-    if (w.bias) v = __fadd_rn(v, numbers.bias[r]);
-    store_one(o, at, v);
-  }
+  store_block<kRows>(w, t.m, o, sums, token_scale, token_zero, numbers, first_row_tile * kTileRows);
 }
 
 template <int kRows, bool kCodebook, bool kTwo>
@@ -210,6 +229,7 @@ cudaError_t decode_rows(const Lut8CudaWeight& w, const Tokens& t, const Output& 
 
 template <bool kCodebook, bool kTwo>
 cudaError_t decode_any(const Lut8CudaWeight& w, const Tokens& t, const Output& o, const Plan& plan, cudaStream_t stream) {
+  if (plan.early) return early_any<kCodebook, kTwo>(w, t, o, plan, stream);
   if (plan.row_tiles == 1) return decode_rows<1, kCodebook, kTwo>(w, t, o, plan, stream);
   if (plan.row_tiles == 2) return decode_rows<2, kCodebook, kTwo>(w, t, o, plan, stream);
   if (plan.row_tiles == 3) return decode_rows<3, kCodebook, kTwo>(w, t, o, plan, stream);

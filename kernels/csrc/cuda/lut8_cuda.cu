@@ -54,6 +54,11 @@ namespace {
 // Row tiles a block and warps a block: the least work for the busiest multiprocessor; among equals one wave of two blocks each, then two
 // row tiles, which halve the reading of activations.
 Plan choose(const Lut8CudaWeight& w, int m, Plan plan, int multiprocessors) {
+  if (plan.early) {
+    plan.row_tiles = 1;
+    if (plan.warps < 1) plan.warps = std::max({4, (w.k_tiles + kHeld - 1) / kHeld, (m + 1) / 2});
+    return plan;
+  }
   if (plan.row_tiles < 1 || plan.row_tiles > 4) {
     int best = 1 << 30;
     for (const int rows : {2, 1, 3, 4}) {
@@ -86,16 +91,20 @@ cudaError_t decode(const Lut8CudaWeight& w, const Tokens& t, const Output& o, Pl
 
 using namespace lut8;
 
-// Paths of a product. Fused exists for lut8_cuda_linear alone; the Hopper ones read tokens in wgmma order.
-enum Path : int { kAuto = 0, kFusedDecode = 1, kDecode = 2, kNarrow = 3, kMiddle = 4, kWide = 5, kHopper = 6, kHopper128 = 7, kHopper256 = 8 };
+// Paths of a product. Fused exists for lut8_cuda_linear alone; the Hopper ones read tokens in wgmma order; sliced is decode behind a quantizer
+// of small blocks, early too, with a kernel for small layers.
+enum Path : int { kAuto = 0, kFusedDecode = 1, kDecode = 2, kNarrow = 3, kMiddle = 4, kWide = 5, kHopper = 6, kHopper128 = 7, kHopper256 = 8, kHopperSplit = 9, kSliced = 10, kEarly = 11 };
 // Flags: the product may overlap the quantizer before it; the first kernel may overlap whatever was launched before it.
-// A quantizer alone: in which order it writes.
-enum Flag : int { kOverlapPair = 1, kOverlapPrevious = 2, kWgmmaOrder = 4 };
+// A quantizer alone: in which order it writes, and whether with small blocks.
+enum Flag : int { kOverlapPair = 1, kOverlapPrevious = 2, kWgmmaOrder = 4, kSmallBlocks = 8 };
+
+static bool is_hopper(int path) { return path >= kHopper && path <= kHopperSplit; }
 
 static cudaError_t product(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int path, int rows, int warps, int prefetch, bool overlap,
                            cudaStream_t stream) {
-  if (path == kDecode || (path == kAuto && t.m <= 16)) return t.m <= 16 ? decode(w, t, o, {rows, warps, prefetch, overlap}, stream) : cudaErrorInvalidValue;
-  if (path >= kHopper && path <= kHopper256) return hopper(w, t, o, (path - kHopper) * 128, overlap, stream);
+  if (path == kDecode || path == kSliced || path == kEarly || (path == kAuto && t.m <= 16))
+    return t.m <= 16 ? decode(w, t, o, {rows, warps, prefetch, overlap, path == kEarly}, stream) : cudaErrorInvalidValue;
+  if (is_hopper(path)) return hopper(w, t, o, static_cast<HopperCut>(path - kHopper), overlap, stream);
   if (path < kAuto || path > kWide || path == kFusedDecode) return cudaErrorInvalidValue;
   return tiled(w, t, o, path == kAuto ? 0 : path - kNarrow + 1, overlap, stream);
 }
@@ -116,7 +125,7 @@ int lut8_cuda_quantize(int device, const void* x, int x_type, int m, int in, int
                        int flags, void* stream) {
   if (const cudaError_t error = cudaSetDevice(device)) return error;
   return quantize(raw_tokens(x, x_type, m, top, factors), in, padded, static_cast<int8_t*>(q), static_cast<float*>(scale), static_cast<int32_t*>(zero),
-                  flags & kWgmmaOrder, flags & kOverlapPrevious, static_cast<cudaStream_t>(stream));
+                  flags & kSmallBlocks, flags & kWgmmaOrder, flags & kOverlapPrevious, static_cast<cudaStream_t>(stream));
 }
 
 // Quantized tokens -> y (m, out), or the raw sums when acc is given.
@@ -135,9 +144,9 @@ int lut8_cuda_linear(const Lut8CudaWeight* w, const void* x, int x_type, int m, 
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   Tokens t = raw_tokens(x, x_type, m, top, factors);
   const Output o{y, y_type, nullptr};
-  if (path == kFusedDecode) return m <= 8 ? decode(*w, t, o, {rows, warps, prefetch, flags & kOverlapPrevious}, on) : cudaErrorInvalidValue;
+  if (path == kFusedDecode) return m <= 8 ? decode(*w, t, o, {rows, warps, prefetch, flags & kOverlapPrevious, false}, on) : cudaErrorInvalidValue;
   const cudaError_t error = quantize(t, w->in, w->k_tiles * kTileK, static_cast<int8_t*>(q), static_cast<float*>(scale), static_cast<int32_t*>(zero),
-                                     path >= kHopper, flags & kOverlapPrevious, on);
+                                     path == kSliced || path == kEarly, is_hopper(path), flags & kOverlapPrevious, on);
   if (error != cudaSuccess) return error;
   t.x = nullptr, t.q = static_cast<int8_t*>(q), t.scale = static_cast<float*>(scale), t.zero = static_cast<int32_t*>(zero);
   return product(*w, t, o, path, rows, warps, prefetch, flags & kOverlapPair, on);

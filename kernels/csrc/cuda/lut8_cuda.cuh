@@ -48,14 +48,18 @@ struct Output {
 // How a decode launch is cut. Zero fields are chosen from the shape.
 struct Plan {
   int row_tiles, warps, prefetch, overlap;  // prefetch: k tiles asked into the L2 ahead, negative: chosen; overlap: programmatic dependent launch (Hopper)
+  bool early;  // small layers: weights expanded before the tokens are there; one row tile a block
 };
 
+// Blocks of 128 or 256 tokens, or of 128 with K split between two halves of a block.
+enum HopperCut : int { kByRule = 0, kTokens128 = 1, kTokens256 = 2, kSplitK = 3 };
+
 cudaError_t covered();  // whether the current device has code in this object
-cudaError_t quantize(const Tokens& t, int64_t in, int64_t padded, int8_t* q, float* scale, int32_t* zero, bool wgmma_order, bool overlap,
+cudaError_t quantize(const Tokens& t, int64_t in, int64_t padded, int8_t* q, float* scale, int32_t* zero, bool small, bool wgmma_order, bool overlap,
                      cudaStream_t stream);
 cudaError_t decode(const Lut8CudaWeight& w, const Tokens& t, const Output& o, Plan plan, cudaStream_t stream);
 cudaError_t tiled(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int shape, bool overlap, cudaStream_t stream);
-cudaError_t hopper(const Lut8CudaWeight& w, const Tokens& t, const Output& o, int tokens, bool overlap, cudaStream_t stream);
+cudaError_t hopper(const Lut8CudaWeight& w, const Tokens& t, const Output& o, HopperCut cut, bool overlap, cudaStream_t stream);
 cudaError_t dequantize(const Lut8CudaWeight& w, int8_t* weight, cudaStream_t stream);
 cudaError_t finish(const Lut8CudaWeight& w, const Tokens& t, const int32_t* acc, int64_t stride, const Output& o, cudaStream_t stream);
 

@@ -39,6 +39,9 @@ __device__ __forceinline__ uint4 load_shared_four(uint32_t at) {
   return v;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+__device__ __forceinline__ void add_shared(uint32_t at, int v) { asm volatile("red.shared.add.s32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
@@ -46,6 +49,12 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int N>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// A barrier for `threads` threads of the block (whole warps); 0 is __syncthreads' own number.
+template <int kNumber>
+__device__ __forceinline__ void part_sync(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
 }
 
 // Asks for `bytes` (a multiple of 16, at a 16-byte aligned place) to be in the L2 soon.

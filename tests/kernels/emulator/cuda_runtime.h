@@ -61,6 +61,8 @@ alignas(1024) inline int8_t shared[kShared];
 inline dim3 thread, block_index, block_size, grid_size;
 struct Warp { unsigned arrived = 0, generation = 0; uint32_t values[32][8]; };
 inline std::vector<Warp> warps;
+struct Part { unsigned arrived = 0, generation = 0; };
+inline Part parts[16];
 inline unsigned block_arrived, block_generation, finished, idle;
 inline ucontext_t scheduler;
 inline std::vector<ucontext_t> fibers;
@@ -94,6 +96,7 @@ inline void run_block(dim3 at, dim3 size, const std::function<void()>& kernel) {
   const unsigned n = size.x;
   block_index = at, block_size = size, body = kernel;
   block_arrived = finished = idle = 0;
+  for (Part& part : parts) part = Part{};
   warps.assign(n / 32, Warp{});
   fibers.assign(n, ucontext_t{});
   done.assign(n, 0);

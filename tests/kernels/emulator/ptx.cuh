@@ -48,6 +48,14 @@ inline uint4 load_shared_four(uint32_t at) {
   return v;
 }
 
+inline void store_shared(uint32_t at, uint32_t v) { std::memcpy(const_cast<int8_t*>(shared_pointer(at)), &v, 4); }
+inline void add_shared(uint32_t at, int v) {
+  int sum;
+  std::memcpy(&sum, shared_pointer(at), 4);
+  sum += v;
+  std::memcpy(const_cast<int8_t*>(shared_pointer(at)), &sum, 4);
+}
+
 // Copies land at the wait that covers them, not before: a missing wait reads poison.
 struct Copy { uint32_t to; const void* from; };
 inline std::vector<std::vector<std::vector<Copy>>> copies;  // [thread][group]
@@ -66,6 +74,11 @@ inline void copy_wait() {
     for (const Copy& c : mine.front()) std::memcpy(const_cast<int8_t*>(shared_pointer(c.to)), c.from, 16);
     mine.erase(mine.begin());
   }
+}
+
+template <int kNumber>
+inline void part_sync(int threads) {
+  emulated::meet(emulated::parts[kNumber].arrived, emulated::parts[kNumber].generation, threads);
 }
 
 inline void prefetch_bulk(const void* global, uint32_t bytes) {
