@@ -70,7 +70,7 @@ def test_make() -> None:
             assert name in ANYWHERE or re.search(rf"\$\$?\(?{name}\b", makefile()[target]), f"{page}: make {target} reads no {name}"
             if name == "ARGS":
                 compose(overrides(value.split()))
-        if target == "sweep" and settings:
+        if target == "sweep" and any(word.startswith(("MODELS=", "EXPERIMENTS=")) for word in settings):
             given = {name: value for name, _, value in (setting.partition("=") for setting in settings)}
             models, experiments, seeds = (tuple(overrides(list(cell_words(given.get(name, ""))))) for name in ("MODELS", "EXPERIMENTS", "SEEDS"))
             cells(Request(models, experiments, seeds, tuple(overrides(given.get("ARGS", "").split()))))
