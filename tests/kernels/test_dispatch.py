@@ -79,6 +79,7 @@ def test_a_forced_path_never_falls_back(name, words, monkeypatch):
         dispatch.prepare(random_packed(8, 64, 8), "uniform")
 
 
+@pytest.mark.skipif(cpu.library().functions is None, reason="the CPU path is not built")
 def test_a_forced_path_needs_quantized_activations(monkeypatch):
     monkeypatch.setenv(dispatch.PATH_VARIABLE, "cpu_avx2")
     with pytest.raises(dispatch.PathError, match="activations are not quantized"):
