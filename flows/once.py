@@ -51,6 +51,14 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\n{error}", file=sys.stderr)
         write_error(answer, error)
         return error.exit_code
+    except httpx.HTTPStatusError as error:  # the server is there and cannot do what it should
+        refused = _reason(error) or LbllmError(
+            f"Prefect's server cannot record the run (it answers {error.response.status_code}): the disk of {os.environ.get('LBLLM_HOME', 'its home folder')} may be full, "
+            "or its database locked; make room, and run again: finished steps are kept"
+        )
+        print(f"\n{refused}", file=sys.stderr)
+        write_error(answer, refused)
+        return refused.exit_code
     except httpx.TransportError as error:
         gone = LbllmError(f"Prefect's server does not answer at {os.environ.get('PREFECT_API_URL', 'its address')} ({type(error).__name__}); run again, or start one: make up")
         print(f"\n{gone}", file=sys.stderr)
@@ -59,6 +67,13 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _reason(error: BaseException | None) -> LbllmError | None:
+    """Why the run had failed before something else failed while it was reported."""
+    while error is not None and not isinstance(error, LbllmError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 if __name__ == "__main__":

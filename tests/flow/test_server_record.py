@@ -97,3 +97,21 @@ def test_a_flow_without_a_server_ends_with_a_sentence(tmp_path: Path) -> None:
     assert "Prefect's server does not answer" in done.stderr
     assert "Traceback" not in done.stderr
     assert "does not answer" in (tmp_path / "answer.json").read_text()
+
+
+def test_the_reason_of_a_run_outlives_a_server_that_cannot_record_it():
+    import httpx
+
+    from flows.once import _reason
+    from lbllm_core.errors import ArtifactError
+
+    refusal = httpx.HTTPStatusError("500", request=httpx.Request("POST", "http://x"), response=httpx.Response(500))
+    try:
+        try:
+            raise ArtifactError("no space left")
+        except ArtifactError:
+            raise refusal from None
+    except httpx.HTTPStatusError as error:
+        found = _reason(error)
+    assert str(found) == "no space left"
+    assert _reason(ValueError()) is None
