@@ -35,16 +35,13 @@ from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.hidden_states import At, HiddenStates, StorePlan, handfuls
 from lbllm_core.engine.ledger import Ledger
 from lbllm_core.engine.memory import settle
+from lbllm_core.engine.passes import tokens_a_pass
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.ranks import ALONE, Ranks
 from lbllm_core.model import fused_block
 from lbllm_core.model.blocks import Decoder, linears_of
 from lbllm_core.model.student import BlockState, state_from_tensors, state_tensors
 from lbllm_core.model.student_block import build_block
-
-TOKENS_A_PASS = 8192
-VALUES_A_PASS = 1 << 25  # on a GPU, where a narrow model's passes would be too short to keep it busy
-
 
 Tell = Callable[[float, float, int], None]
 
@@ -91,8 +88,7 @@ Work = Callable[[BlockJob], tuple[BlockState, dict[str, Any]]]  # figures of the
 
 def passes(stream: HiddenStates) -> list[At]:
     """The choices of sequences that take a stream through a block, of bounded size."""
-    tokens = max(TOKENS_A_PASS, VALUES_A_PASS // stream.shape[2]) if stream.device.type == "cuda" else TOKENS_A_PASS
-    batch = max(1, tokens // stream.shape[1])
+    batch = max(1, tokens_a_pass(stream.shape[2], stream.device.type == "cuda") // stream.shape[1])
     return [slice(i, i + batch) for i in range(0, len(stream), batch)]
 
 

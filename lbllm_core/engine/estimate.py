@@ -42,7 +42,7 @@ from types import MappingProxyType
 from lbllm_core.config import RunConfig, canonical_json, select
 from lbllm_core.engine import estimate_large
 from lbllm_core.engine.machine import Rates
-from lbllm_core.engine.needs import NUMBER_BYTES, PASS_TOKENS, SHARD, Work, forward, level_bytes, site_sides, streams
+from lbllm_core.engine.needs import NUMBER_BYTES, SHARD, Work, forward, level_bytes, pass_tokens, site_sides, streams
 from lbllm_core.model.inspect import Shapes
 from lbllm_core.pipeline import PlannedStep, plan
 from lbllm_core.quant.bits import linear_bits
@@ -185,7 +185,7 @@ def _held(c: RunConfig, s: Shapes, stream: float, copies: int, exact: bool = Fal
     host = 4.0 * s.embedding if streamed else 0.0
     if c.hardware.hidden_tier in ("auto", "device"):
         return Work(device=teacher + copies * width * stream, host=host)
-    window = 6 * 4.0 * PASS_TOKENS * s.hidden
+    window = 6 * 4.0 * pass_tokens(c, s) * s.hidden
     both = min(2, copies) * width * stream
     on_host = c.hardware.hidden_tier == "host"
     return Work(device=teacher + window, host=host + (both if on_host else 8.0 * SHARD), disk=0.0 if on_host else both)
@@ -206,10 +206,10 @@ def _ptq_init(c: RunConfig, s: Shapes) -> Work:
     else:
         rounds = c.ptq_init.em_rounds * c.ptq_init.em_starts if c.scheme.level_family == "free" else 8
         passes = s.blocks * s.linears * EM_BYTES * (rounds if c.ptq_init.method == "em" else 1)
-    calls = s.blocks * (sum(sides) * COLUMN_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
+    calls = s.blocks * (sum(sides) * COLUMN_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / pass_tokens(c, s)))
     largest = 8 * 4.0 * max(2 * s.ffn * s.hidden, s.hidden * s.heads * s.head_dim)
     held = _held(c, s, stream, 3)
-    memory = held.device + 4.0 * moments + 12.0 * max(sides) ** 2 + largest + activation_bytes(s, int(min(tokens, PASS_TOKENS)))
+    memory = held.device + 4.0 * moments + 12.0 * max(sides) ** 2 + largest + activation_bytes(s, int(min(tokens, pass_tokens(c, s))))
     converted = 4.0 * s.parameters * s.converted
     disk = s.blocks * s.linears * (2.25 + level_bytes(c)) + converted
     return Work(fp32=fp32, compute=2 * passed, passes=passes, calls=calls, hashed=disk, seconds=LOAD_SECONDS, host=held.host, device=memory, disk=disk + held.disk)
@@ -220,7 +220,7 @@ def _training(c: RunConfig, s: Shapes, sequences: int, epochs: int, batch: int, 
     steps = epochs * -(-sequences // batch)
     activations = 3 * epochs * tokens * 4.0 * (24 * s.hidden + 10 * s.ffn)
     passes = s.blocks * (steps * s.linears * weight_bytes + activations + quantized * tokens * epochs * sum(site_sides(s)) * QUANT_BYTES)
-    calls = s.blocks * (steps * STEP_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / PASS_TOKENS))
+    calls = s.blocks * (steps * STEP_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / pass_tokens(c, s)))
     at_once = min(batch, sequences) * c.dataset.seq_len
     held = _held(c, s, stream, 4)
     memory = held.device + activation_bytes(s, at_once) * (2 if quantized else 1)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lbllm_core.config import RunConfig
+from lbllm_core.engine.passes import tokens_a_pass
 from lbllm_core.model.inspect import Shapes
 
 OVERHEAD = 1.35  # attention, norms and small products do not run at the speed of the probe
-PASS_TOKENS = 8192  # tokens of a forward pass over a stream
 SHARD = 1 << 27  # bytes of a shard of hidden states
 NUMBER_BYTES: Mapping[str, float] = MappingProxyType({"fp32": 4.0, "bf16": 2.0, "fp8": 1.0})  # of a stored hidden state
 
@@ -38,6 +38,11 @@ class Work:
 def forward(s: Shapes, tokens: int) -> float:
     """Operations of one block a token, in sequences of `tokens`."""
     return 2.0 * s.linears + 4.0 * tokens * s.heads * s.head_dim
+
+
+def pass_tokens(c: RunConfig, s: Shapes) -> int:
+    """Tokens of a forward pass over a stream, on the resolved hardware."""
+    return tokens_a_pass(s.hidden, c.hardware.device == "cuda")
 
 
 def streams(c: RunConfig, s: Shapes, sequences: int) -> tuple[float, float, float]:

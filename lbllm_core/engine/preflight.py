@@ -111,7 +111,7 @@ def verdict(found: Estimate, limits: Limits) -> Verdict:
 
 def require_whole(config: RunConfig, found: Estimate, limits: Limits, home: Path) -> None:
     """PreflightError when the model is streamed and what holds all of it, stage 4 or text that the teacher writes, has no room: known now, not hours later."""
-    from lbllm_core.data.self_generated import is_written
+    from lbllm_core.data.self_generated import is_written, wanted
 
     if config.hardware.streaming != "on":
         return
@@ -121,8 +121,9 @@ def require_whole(config: RunConfig, found: Estimate, limits: Limits, home: Path
             raise PreflightError(f"stage 4 trains the whole model at once, {shortage}, while every other step holds one block at a time: leave it out with end_to_end=off (end_to_end.enabled=false)")
     teacher = 4.0 * found.shapes.parameters
     shortage = _shortage(teacher, teacher if limits.device else 0.0, limits)
-    if config.dataset.source == "self_generated" and shortage and not is_written(config, home):
-        raise PreflightError(f"dataset.source=self_generated lets the whole teacher write, {shortage}: choose text of another source, or copy the home folder's texts/ from a machine where it fits")
+    if wanted(config.dataset) and shortage and not is_written(config, home):
+        asked = "dataset.source=self_generated" if config.dataset.source == "self_generated" else f"dataset.generated={config.dataset.generated}"
+        raise PreflightError(f"{asked} lets the whole teacher write, {shortage}: choose text of another source, or copy the home folder's texts/ from a machine where it fits")
 
 
 def _shortage(host: float, device: float, limits: Limits) -> str:

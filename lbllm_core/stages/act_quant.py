@@ -16,7 +16,7 @@ from lbllm_kernels.activation import POWERS_OF_TWO, ActFactors
 from torch import Tensor, nn
 
 from lbllm_core.config import ActQuantConfig, SchemeConfig
-from lbllm_core.engine.block_sweep import TOKENS_A_PASS, BlockJob, error_on_sample, pass_type
+from lbllm_core.engine.block_sweep import BlockJob, error_on_sample, pass_type
 from lbllm_core.engine.train_block import TrainingPlan, train_block
 from lbllm_core.model.blocks import SITES, linears_of_site
 from lbllm_core.model.linear import LearningRates
@@ -87,7 +87,7 @@ def _numbers(f: ActFactors) -> list[float]:
 
 def _site_inputs(job: BlockJob, block: nn.Module) -> dict[str, Tensor]:
     """A sample of the inputs of each site, `(SEARCH_TOKENS, channels)`, first tokens left out."""
-    sequences = max(1, min(len(job.inputs), 2 * SEARCH_TOKENS // job.inputs.shape[1], TOKENS_A_PASS // job.inputs.shape[1]))
+    sequences = max(1, min(len(job.inputs), 2 * SEARCH_TOKENS // job.inputs.shape[1]))
     found: dict[str, Tensor] = {}
     handles = []
     for site in SITES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,11 +150,12 @@ def test_stage_4_of_a_streamed_model_is_refused_before_stage_1(seven_b: Shapes) 
     preflight.require_fit(estimate(streamed(False), seven_b, RATES, True), room)
 
 
-def test_text_of_a_teacher_that_does_not_fit_is_refused(seven_b: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values", [{"source": "self_generated"}, {"generated": 1}])
+def test_text_of_a_teacher_that_does_not_fit_is_refused(seven_b: Shapes, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]) -> None:
     from lbllm_core.data import self_generated
 
     base = streamed(False)
-    config = dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, source="self_generated"))
+    config = dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, **values))
     found, written = estimate(config, seven_b, RATES, True), []
     monkeypatch.setattr(self_generated, "is_written", lambda *_: bool(written))
     with pytest.raises(PreflightError, match=r"whole teacher write, which needs about 27\.0 GB of device memory, and 20\.0 GB are there"):
