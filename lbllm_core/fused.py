@@ -12,13 +12,31 @@ from typing import Any
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def kernels() -> Any:
-    """What training is made of: weights, gradients of levels, norms, rotary embedding, gate, activation quantizer."""
+def weights() -> Any:
+    """Weights from latent weights and levels, gradients of levels, AdamW."""
     if not HAS_TRITON:
         return None
-    from lbllm_kernels import triton_training
+    from lbllm_kernels import triton_weights
 
-    return triton_training
+    return triton_weights
+
+
+def between_products() -> Any:
+    """Norms, rotary embedding, gate."""
+    if not HAS_TRITON:
+        return None
+    from lbllm_kernels import triton_block
+
+    return triton_block
+
+
+def activations() -> Any:
+    """Activations through their codes."""
+    if not HAS_TRITON:
+        return None
+    from lbllm_kernels import triton_activation
+
+    return triton_activation
 
 
 def compensation() -> Any:

@@ -4,7 +4,7 @@ The formulas of `estimate.py` count what plain tensor operations do. A large blo
 costs is modelled by what causes it. `L` blocks, `W` weights of a block, `F` operations a token and block, `N x T` tokens of a stage, `G` group.
 
     products      N T L (2 + 3 epochs) F / rate of products; norms, attention and gates hide in the measured slope of a step over its tokens
-    weights       steps x W x bytes / traffic                 made weight, its gradient, latent weight and moments (`triton_training.py`)
+    weights       steps x W x bytes / traffic                 made weight, its gradient, latent weight and moments (`triton_weights.py`)
     quantizers    N T x channels of the sites x passes x bytes / traffic
     launches      steps x calls x cost of a call              what the host cannot hide, and the looks at the loss
     stage 1       second moments 2 N T sum d^2 in float32, factors 4 sum d^3 in float64, four-means: calls a group and round, bytes a weight and round

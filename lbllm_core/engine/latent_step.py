@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_core import fused
 from lbllm_core.engine.hardware import Hardware
 from lbllm_core.engine.ranks import ALONE, Exchange, Ranks
 from lbllm_core.errors import MemoryShortage
-from lbllm_core.fused import kernels
 from lbllm_core.model.fused_block import LARGE, weights_of
 from lbllm_core.model.linear import FrozenWeight, LatentBitmapWeight, QuantLinear
 from lbllm_core.model.student_block import quant_linears
@@ -44,13 +44,13 @@ Passes = Callable[[Tensor, Tensor], Tensor]  # forward and backward of a batch, 
 
 def suits(block: nn.Module, hardware: Hardware) -> bool:
     """Whether a student block is trained this way: large, on a GPU, groups that tile its weights."""
-    large = hardware.device.type == "cuda" and kernels() is not None and weights_of(block) >= LARGE
+    large = hardware.device.type == "cuda" and fused.weights() is not None and weights_of(block) >= LARGE
     return large and tiled(block)
 
 
 def tiled(block: nn.Module) -> bool:
     """Whether every linear's weight is a table of whole groups, with no columns of another kind beside it."""
-    return all(linear.outliers is None and kernels().fits(_columns(linear), _group_size(linear)) for linear in quant_linears(block).values())
+    return all(linear.outliers is None and fused.weights().fits(_columns(linear), _group_size(linear)) for linear in quant_linears(block).values())
 
 
 def _columns(linear: QuantLinear) -> int:
@@ -129,7 +129,7 @@ class LatentStep:
             else:
                 learned = (view.store.levels, scale)
             levels = (graph if learned is None else learned[0]).detach()  # type: ignore[union-attr]  # there is one of them
-            weight, real = kernels().quantized_weight(source.detach(), bitmap, levels, _group_size(linear), self.dtype, None if learned is None else scale)
+            weight, real = fused.weights().quantized_weight(source.detach(), bitmap, levels, _group_size(linear), self.dtype, None if learned is None else scale)
             linear.held = weight.requires_grad_()
             made.append(_Made(source, bitmap, real, graph, learned))
         return made
@@ -143,7 +143,7 @@ class LatentStep:
         for linear, m, grad, place in zip(self.linears, made, grads, places, strict=True):
             moving = (id(m.source) in self.moments) + (m.bitmap is not None and id(m.bitmap) in self.moments)
             learned = (m.learned[0].detach(), m.learned[1]) if m.learned is not None and m.learned[0].requires_grad else None
-            sums, rows = kernels().gradient_sums(grad, m.source, m.bitmap, m.levels, _group_size(linear), place, moving, learned, beta, _weight(self.polarize, m.bitmap))
+            sums, rows = fused.weights().gradient_sums(grad, m.source, m.bitmap, m.levels, _group_size(linear), place, moving, learned, beta, _weight(self.polarize, m.bitmap))
             if learned is not None and m.learned is not None and not isinstance(linear.weight_view, LatentBitmapWeight):
                 m.learned[0].grad, linear.weight_view.store.gain.grad = sums, rows
             elif m.graph is not None and m.graph.requires_grad:
@@ -175,7 +175,7 @@ class LatentStep:
             if id(m.source) not in self.moments:
                 continue
             pair = self.moments.get(id(m.bitmap)) if m.bitmap is not None else None
-            kernels().adamw_(
+            fused.weights().adamw_(
                 grad, m.source, self.moments[id(m.source)], m.levels, _group_size(linear), clip, rates, self.steps, BETAS, EPS,
                 m.bitmap if pair else None, pair, beta, _weight(self.polarize, m.bitmap),
             )  # fmt: skip

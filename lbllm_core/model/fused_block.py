@@ -2,7 +2,7 @@
 
 transformers computes a Llama block as some eighty small operations on float32 hidden states of 67 MB (4096 tokens of LLaMA-2-7B); at the
 speed of memory these cost a quarter of a training step there, and most of it in a model of narrow blocks. Here norms (with the residual sum before them), rotary embedding and gate are
-one kernel each way (`lbllm_kernels/triton_training.py`), attention is torch's fused one, and products are cuBLAS's.
+one kernel each way (`lbllm_kernels/triton_block.py`), attention is torch's fused one, and products are cuBLAS's.
 
 The function is the block's own up to rounding: hidden states in float32, what enters a product in the compute type. Only blocks whose parts
 are exactly these are taken (`suits`); everything else runs as transformers wrote it.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_core.engine.hardware import Hardware
-from lbllm_core.fused import kernels
+from lbllm_core.fused import between_products
 from lbllm_core.model.blocks import NORMS, SITE_OF, Decoder
 from lbllm_core.quant.kv_cache import fake_quantize_kv
 
@@ -37,7 +37,7 @@ def weights_of(block: nn.Module) -> int:
 
 def suits(block: nn.Module, surroundings: dict[str, Any], hardware: Hardware) -> bool:
     """Whether `run` computes this block: a plain block, causal attention over everything, on a GPU."""
-    if hardware.device.type != "cuda" or hardware.compute_dtype != torch.bfloat16 or kernels() is None:
+    if hardware.device.type != "cuda" or hardware.compute_dtype != torch.bfloat16 or between_products() is None:
         return False
     return plain(block, surroundings)
 
@@ -92,7 +92,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         hidden = hidden.contiguous()
-        _, out, inverse = kernels().norm_forward(hidden, None, weight, eps, dtype)
+        _, out, inverse = between_products().norm_forward(hidden, None, weight, eps, dtype)
         ctx.save_for_backward(hidden, weight, inverse)
         return out  # type: ignore[no-any-return]
 
@@ -100,14 +100,14 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, inverse = ctx.saved_tensors
         grad = grad.contiguous()
-        to_hidden = kernels().norm_backward(hidden, weight, inverse, grad, None)[0] if ctx.needs_input_grad[0] else None
+        to_hidden = between_products().norm_backward(hidden, weight, inverse, grad, None)[0] if ctx.needs_input_grad[0] else None
         return to_hidden, _to_norm(hidden, weight, inverse, grad) if ctx.needs_input_grad[1] else None, None, None
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        summed, out, inverse = kernels().norm_forward(hidden.contiguous(), delta.contiguous(), weight, eps, dtype)
+        summed, out, inverse = between_products().norm_forward(hidden.contiguous(), delta.contiguous(), weight, eps, dtype)
         ctx.save_for_backward(summed, weight, inverse)
         return summed, out
 
@@ -115,7 +115,7 @@ class _AddNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         summed, weight, inverse = ctx.saved_tensors
         grad = grad.contiguous()
-        to_x, to_delta = kernels().norm_backward(summed, weight, inverse, grad, grad_sum.contiguous())
+        to_x, to_delta = between_products().norm_backward(summed, weight, inverse, grad, grad_sum.contiguous())
         return to_x, to_delta, _to_norm(summed, weight, inverse, grad) if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -128,11 +128,11 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return kernels().rotated(heads.contiguous(), cos, sin)  # type: ignore[no-any-return]
+        return between_products().rotated(heads.contiguous(), cos, sin)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return kernels().rotated(grad.contiguous(), *ctx.saved_tensors, back=True), None, None
+        return between_products().rotated(grad.contiguous(), *ctx.saved_tensors, back=True), None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -140,8 +140,8 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return kernels().gated(gate, up)  # type: ignore[no-any-return]
+        return between_products().gated(gate, up)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels().gated_backward(*ctx.saved_tensors, grad.contiguous())  # type: ignore[no-any-return]
+        return between_products().gated_backward(*ctx.saved_tensors, grad.contiguous())  # type: ignore[no-any-return]

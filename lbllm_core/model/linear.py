@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_core.fused import kernels
+from lbllm_core import fused
 from lbllm_core.quant.uniform import affine_levels, as_affine, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
@@ -72,14 +72,14 @@ class _FusedSelect(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, levels: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(source, levels)
         ctx.group_size = group_size
-        return kernels().quantized_weight(source, None, levels, group_size, dtype)[0]  # type: ignore[no-any-return]
+        return fused.weights().quantized_weight(source, None, levels, group_size, dtype)[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         source, levels = ctx.saved_tensors
         grad, to_levels = grad.contiguous(), None
         if ctx.needs_input_grad[1]:
-            to_levels, _ = kernels().gradient_sums(grad, source, None, levels, ctx.group_size, levels.new_empty(levels.numel() // 4), 0)
+            to_levels, _ = fused.weights().gradient_sums(grad, source, None, levels, ctx.group_size, levels.new_empty(levels.numel() // 4), 0)
         return grad.float() if ctx.needs_input_grad[0] else None, to_levels, None, None
 
 
@@ -89,7 +89,7 @@ class _FusedLearned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: Tensor, learned: Tensor, gain: Tensor, store: _LevelStore, dtype: torch.dtype) -> Tensor:
         scale = store.row_scale * gain.exp()
-        made, levels = kernels().quantized_weight(source, None, learned, store.group_size, dtype, scale, store.group_codes)
+        made, levels = fused.weights().quantized_weight(source, None, learned, store.group_size, dtype, scale, store.group_codes)
         ctx.save_for_backward(source, learned, levels, scale)
         ctx.store = store
         return made  # type: ignore[no-any-return]
@@ -100,15 +100,15 @@ class _FusedLearned(torch.autograd.Function):
         grad, store, to_levels, to_gain = grad.contiguous(), ctx.store, None, None
         if any(ctx.needs_input_grad[1:3]):
             unused = levels.new_empty(levels.numel() // 4)
-            to_levels, to_gain = kernels().gradient_sums(grad, source, None, levels, store.group_size, unused, 0, (learned, scale), group_codes=store.group_codes)
+            to_levels, to_gain = fused.weights().gradient_sums(grad, source, None, levels, store.group_size, unused, 0, (learned, scale), group_codes=store.group_codes)
             if store.group_codes is not None:
-                to_levels = kernels().entry_sums(to_levels, *store.groups_by_entry())
+                to_levels = fused.weights().entry_sums(to_levels, *store.groups_by_entry())
         return grad.float() if ctx.needs_input_grad[0] else None, to_levels, to_gain, None, None
 
 
 def fusable(source: Tensor, group_size: int) -> bool:
     """Whether one kernel makes a weight `(out, in)`: on a GPU, in whole groups."""
-    return source.is_cuda and kernels() is not None and bool(kernels().fits(source.shape[1], group_size))
+    return source.is_cuda and fused.weights() is not None and bool(fused.weights().fits(source.shape[1], group_size))
 
 
 def _selected(source: Tensor, store: _LevelStore) -> Tensor | None:

@@ -32,7 +32,7 @@ from lbllm_kernels import cpu
 from lbllm_kernels.activation import PIECEWISE_TOP, POWERS_OF_TWO, SMALLEST_SCALE, ActFactors, plane_values, quantize_outliers
 from torch import Tensor, nn
 
-from lbllm_core.fused import kernels
+from lbllm_core.fused import activations
 
 FUSED_FROM = 256  # channels
 PLANE_GRID = (1, 2, 4, 6, 9, 12, 16, 21, 28, 36, 46, 58, 72)  # plane weights that a fit starts from
@@ -146,14 +146,14 @@ class _FusedQuantized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip_max: Tensor, clip_min: Tensor, knee_low: Tensor, knee_high: Tensor, variant: str) -> Tensor:
         ctx.steps = 15 if variant == "uniform" else 127
-        made, about = kernels().fake_quantized(x.contiguous(), (clip_max, clip_min, knee_low, knee_high), ctx.steps)
+        made, about = activations().fake_quantized(x.contiguous(), (clip_max, clip_min, knee_low, knee_high), ctx.steps)
         ctx.save_for_backward(x, about, clip_max, clip_min, knee_low, knee_high)
         return made  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, about, clip_max, clip_min, knee_low, knee_high = ctx.saved_tensors
-        to_x, sums = kernels().fake_quantized_backward(x.contiguous(), grad.contiguous(), about, (clip_max, clip_min, knee_low, knee_high), ctx.steps)
+        to_x, sums = activations().fake_quantized_backward(x.contiguous(), grad.contiguous(), about, (clip_max, clip_min, knee_low, knee_high), ctx.steps)
         wanted = ctx.needs_input_grad[:5] if ctx.steps == 127 else ctx.needs_input_grad[:3]
         made = [made if asked else None for made, asked in zip((to_x, *sums.unbind()), wanted, strict=False)]
         return (*made, *[None] * (6 - len(made)))
@@ -161,7 +161,7 @@ class _FusedQuantized(torch.autograd.Function):
 
 def _fused(x: Tensor, variant: str) -> bool:
     """Whether one kernel makes these: wide tokens on a GPU, where passes over memory are what costs."""
-    return x.is_cuda and variant in ("uniform", "piecewise") and FUSED_FROM <= x.shape[-1] <= 32768 and kernels() is not None
+    return x.is_cuda and variant in ("uniform", "piecewise") and FUSED_FROM <= x.shape[-1] <= 32768 and activations() is not None
 
 
 def fake_quantize(

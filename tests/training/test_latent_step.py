@@ -244,7 +244,7 @@ def learned_levels(rows, groups):
 @inside
 @pytest.mark.parametrize("frozen", [False, True])
 def test_learned_levels_are_those_of_the_plain_form(frozen):
-    from lbllm_kernels import triton_training
+    from lbllm_kernels import triton_weights
 
     from lbllm_core.quant.weight import GRID, nearest_codes, take_levels
 
@@ -256,7 +256,7 @@ def test_learned_levels_are_those_of_the_plain_form(frozen):
     codes = torch.randint(4, latent.shape, dtype=torch.uint8) if frozen else nearest_codes(latent, real)
     expected = take_levels(real, codes).detach()
     source = (codes if frozen else latent).reshape(rows, -1).contiguous()
-    made, found = triton_training.quantized_weight(source, None, levels.detach(), size, torch.float32, scale)
+    made, found = triton_weights.quantized_weight(source, None, levels.detach(), size, torch.float32, scale)
     assert torch.equal(found.nan_to_num(7e7), real.detach().nan_to_num(7e7))
     whole = ~real.detach().isnan().any(-1)
     assert torch.equal(made.view_as(expected)[whole], expected[whole])
@@ -267,7 +267,7 @@ def test_learned_levels_are_those_of_the_plain_form(frozen):
     keep = whole[..., None].expand(-1, -1, 4)
     to_levels = torch.autograd.grad(smooth, levels, torch.where(keep, per_code, 0.0), retain_graph=True)[0]
     squares = torch.empty(rows * groups)
-    sums, to_rows = triton_training.gradient_sums(grad.view(rows, -1), source, None, found, size, squares, 0 if frozen else 1, (levels.detach(), scale))
+    sums, to_rows = triton_weights.gradient_sums(grad.view(rows, -1), source, None, found, size, squares, 0 if frozen else 1, (levels.detach(), scale))
     assert torch.allclose(sums[keep], to_levels[keep], rtol=1e-5, atol=1e-4)
     moved = (sums[keep].square().sum() + (0.0 if frozen else grad[whole].square().sum())).item()
     assert float(squares.view(rows, groups)[whole].sum()) == pytest.approx(moved, rel=1e-5)
@@ -321,11 +321,11 @@ def test_two_processes_make_the_steps_of_one():
 @pytest.mark.parametrize("variant", ["uniform", "piecewise"])
 @pytest.mark.parametrize(("channels", "at_once"), [(48, 4096), (64, 4096), (72, 32)])
 def test_fused_activation_quantizer(variant, channels, at_once, monkeypatch):
-    from lbllm_kernels import triton_training
+    from lbllm_kernels import triton_activation
 
     from lbllm_core.quant import activation
 
-    monkeypatch.setattr(triton_training, "WIDEST", at_once)
+    monkeypatch.setattr(triton_activation, "WIDEST", at_once)
     torch.manual_seed(3)
     x = torch.randn(2, 9, channels) * torch.exp(torch.randn(channels))
     x[0, 0] = 0.0
@@ -349,8 +349,10 @@ AHEAD = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from lbllm_kernels import triton_activation as a
+from lbllm_kernels import triton_block as b
 from lbllm_kernels import triton_divergence as d
-from lbllm_kernels import triton_training as t
+from lbllm_kernels import triton_weights as t
 types = dict.fromkeys(("grad", "delta", "gate", "up", "to_gate", "to_up", "to_delta", "out"), "*bf16") | {"x": "*fp32", "source": "*fp32"}
 types |= dict.fromkeys(("groups", "per_row", "total", "tokens", "channels"), "i32")
 types |= dict.fromkeys(("weight", "rate", "rate_bitmap", "correction1", "correction2", "eps", "sign"), "fp32")
@@ -362,17 +364,17 @@ cases += [(t._gradient_sums, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2,
 cases += [(t._entry_sums, dict(BLOCK=128), {"order": "*i32", "starts": "*i32"})]
 cases += [(t._adamw, dict(G=128, ROWS=16, MODE=mode, POLARIZE=mode == 2, **adam), {}) for mode in (0, 2)]
 norm = {"weight": "*fp32"}
-cases += [(t._norm_forward, dict(WIDTH=4096, BLOCK=4096, ADD=add), norm) for add in (False, True)]
-cases += [(t._norm_backward, dict(WIDTH=8192, BLOCK=8192, ADD=add), norm) for add in (False, True)]
-cases += [(t._rotated, dict(HEADS=32, HALF=64, ROUND_HEADS=32, ROUND_HALF=64), {"x": "*bf16"})]
+cases += [(b._norm_forward, dict(WIDTH=4096, BLOCK=4096, ADD=add), norm) for add in (False, True)]
+cases += [(b._norm_backward, dict(WIDTH=8192, BLOCK=8192, ADD=add), norm) for add in (False, True)]
+cases += [(b._rotated, dict(HEADS=32, HALF=64, ROUND_HEADS=32, ROUND_HALF=64), {"x": "*bf16"})]
 cases += [(d._divergence_rows, dict(BLOCK=4096), {"mine": "*bf16", "theirs": "*bf16", "columns": "i32"})]
-cases += [(t._gate_forward, dict(BLOCK=2048), {}), (t._gate_backward, dict(BLOCK=2048), {})]
+cases += [(b._gate_forward, dict(BLOCK=2048), {}), (b._gate_backward, dict(BLOCK=2048), {})]
 quant = {"x": "*bf16", "to_x": "*bf16", "smallest": "fp32", "channels": "i32"}
-cases += [(k, dict(TOP=top, BLOCK=block), quant) for k, widest in ((t._fake_quantized, 16384), (t._fake_quantized_backward, t.WIDEST)) for top, block in ((15, 4096), (127, widest))]
+cases += [(k, dict(TOP=top, BLOCK=block), quant) for k, widest in ((a._fake_quantized, 16384), (a._fake_quantized_backward, a.WIDEST)) for top, block in ((15, 4096), (127, widest))]
 for kernel, constants, special in cases:
     kinds = {a: "constexpr" if a in constants else (types | special).get(a, "*fp32") for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if kinds[a].startswith("*") or a in ("total", "groups", "tokens", "channels", "columns")}
-    warps = t._warps(constants["BLOCK"]) if "WIDTH" in constants or "TOP" in constants else 4  # as they are launched
+    warps = b.warps(constants["BLOCK"]) if "WIDTH" in constants or "TOP" in constants else 4  # as they are launched
     made = triton.compile(ASTSource(kernel, kinds, constants, aligned), target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": warps})
     assert len(made.asm["cubin"]) > 1000
     assert ".local" not in made.asm["ptx"], (kernel.__name__, constants)

@@ -1,14 +1,13 @@
-"""Training one large block on a GPU: everything between the matrix products, in as few passes over memory as it takes.
+"""A weight in training on a GPU: made from latent weight and levels, its gradient sent back to them, in as few passes over memory as it takes.
 
 **Problem.** A step of a LLaMA-2-7B block on 4096 tokens is 5e12 operations, 7 ms of products at the rate that cuBLAS reaches, and 202
-million latent weights, each read and written by what is *not* a product: fake quantization, gradients of levels, AdamW, norms. Written
-in plain tensor operations these take longer than the products.
+million latent weights, each read and written by what is *not* a product: fake quantization, gradients of levels, AdamW. Written
+in plain tensor operations these take longer than the products; in a small block their launches do.
 
 **Passes a weight** (bytes; nearest-level codes; a bitmap adds the same for itself):
 
     quantized_weight   latent 4, made weight 2                          once a step, whatever the number of micro-batches
     gradient_sums      gradient 2, latent 4                             sums a level of each group, and squares for the norm; gradient of learned levels
-    fake_quantized     a channel and token: in 2, out 2; backward in 4, out 2
     adamw_             gradient 2, latent 8, two moments 16             the gradient of a made weight IS the latent weight's (straight-through)
 
 38 bytes x 202 M = 7.7 GB, 3 ms at 2.5 TB/s. Gradients of weights stay in bf16, as the product wrote them; masters and moments are float32.
@@ -16,11 +15,11 @@ in plain tensor operations these take longer than the products.
 **Learned levels** come as they are stored, fractions of a row's largest in any order. The kernel that makes the weight sorts the four of a
 group (six comparisons; equal ones as stored, NaN last: a stable sort), rounds them to the int8 grid and scales them; the one that sums
 gradients sends each sum back to where its level is stored. As tensor operations that is a dozen small passes, and sorting four numbers a
-group with `torch.sort` alone took a fifth of a step.
+group with `torch.sort` alone took a fifth of a step. Where they are entries of a table, `group_codes` says which; `entry_sums` gathers what the groups
+of an entry give it, in a fixed order.
 
 **Layout.** When G divides `in`, a weight `(out, in)` is a table `(out * n_groups, G)` and levels are `(out * n_groups, 4)`: every kernel
-works on a tile of whole groups. Norms, rotary embedding and the gate work on a token at a time, hidden states in float32, what enters a
-product in bf16.
+works on a tile of whole groups.
 
 **Trade-off.** Only where G is a power of two that divides `in`; elsewhere plain tensor operations do it. Not bit-equal to those
 (sums in another order): results on a GPU were never bit-reproducible between devices.
@@ -28,25 +27,15 @@ product in bf16.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-from lbllm_kernels.activation import SMALLEST_SCALE
-from lbllm_kernels.triton_matmul import _piecewise_value, _rint
+from lbllm_kernels.triton_matmul import _rint
 
 NEAREST, CODES, BITMAP = 0, 1, 2
 TILE = 2048  # weights a program
-WIDEST = 2048  # channels that a program holds at once where it holds several things of each: more would not fit into registers
-
-
-def usable(device: torch.device) -> bool:
-    """Whether these kernels can run on tensors of a device."""
-    return device.type == "cuda" or (device.type == "cpu" and bool(knobs.runtime.interpret))
 
 
 def fits(columns: int, group_size: int) -> bool:
@@ -339,222 +328,3 @@ def adamw_(
         1.0 - betas[0] ** step, (1.0 - betas[1] ** step) ** 0.5, groups,
         G=group_size, ROWS=rows, MODE=NEAREST if bitmap is None else BITMAP, POLARIZE=beta is not None, BETA1=betas[0], BETA2=betas[1], EPS=eps,
     )  # fmt: skip
-
-
-@triton.jit
-def _norm_forward(x, delta, weight, summed, out, inverse, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < WIDTH
-    value = tl.load(x + row * WIDTH + at, mask=inside, other=0.0)
-    if ADD:
-        value += tl.load(delta + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(summed + row * WIDTH + at, value, mask=inside)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / WIDTH + eps)
-    w = tl.load(weight + at, mask=inside, other=0.0)
-    tl.store(out + row * WIDTH + at, (w * (value * scale)).to(out.dtype.element_ty), mask=inside)
-    tl.store(inverse + row, scale)
-
-
-@triton.jit
-def _norm_backward(x, weight, inverse, grad, grad_sum, to_x, to_delta, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < WIDTH
-    value = tl.load(x + row * WIDTH + at, mask=inside, other=0.0)
-    scale = tl.load(inverse + row)
-    g = tl.load(grad + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + at, mask=inside, other=0.0)
-    made = scale * g - value * (scale * scale * scale * tl.sum(g * value, axis=0) / WIDTH)
-    if ADD:
-        made += tl.load(grad_sum + row * WIDTH + at, mask=inside, other=0.0)
-        tl.store(to_delta + row * WIDTH + at, made.to(to_delta.dtype.element_ty), mask=inside)
-    tl.store(to_x + row * WIDTH + at, made, mask=inside)
-
-
-def _warps(block: int) -> int:
-    return 4 if block <= 1024 else 8 if block <= 4096 else 16
-
-
-def norm_forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """RMS norm of `x + delta`: x `(..., width)` float32, delta in `dtype` -> the sum (x itself without delta), the norm in `dtype`, 1 / rms `(...)`."""
-    width = x.shape[-1]
-    block = triton.next_power_of_2(width)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    inverse = torch.empty(x.shape[:-1], device=x.device)
-    summed = x if delta is None else torch.empty_like(x)
-    _norm_forward[(x.numel() // width,)](x, x if delta is None else delta, weight, summed, out, inverse, eps, WIDTH=width, BLOCK=block, ADD=delta is not None, num_warps=_warps(block))
-    return summed, out, inverse
-
-
-def norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor, grad_sum: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x (float32) and, when the norm had added something, of that (the type of `grad`); `grad_sum`: what arrives at the sum itself."""
-    width = x.shape[-1]
-    block = triton.next_power_of_2(width)
-    to_x = torch.empty_like(x)
-    to_delta = None if grad_sum is None else torch.empty_like(grad)
-    _norm_backward[(x.numel() // width,)](
-        x, weight, inverse, grad, x if grad_sum is None else grad_sum, to_x, to_x if to_delta is None else to_delta,
-        WIDTH=width, BLOCK=block, ADD=grad_sum is not None, num_warps=_warps(block),
-    )  # fmt: skip
-    return to_x, to_delta
-
-
-@triton.jit
-def _rotated(x, cos, sin, out, tokens, sign, HEADS: tl.constexpr, HALF: tl.constexpr, ROUND_HEADS: tl.constexpr, ROUND_HALF: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    head, at = tl.arange(0, ROUND_HEADS)[:, None], tl.arange(0, ROUND_HALF)[None, :]
-    inside = (head < HEADS) & (at < HALF)
-    place = row * HEADS * 2 * HALF + head * 2 * HALF + at
-    angle = (row % tokens) * 2 * HALF + at
-    c = tl.load(cos + angle, mask=at < HALF, other=0.0)
-    s = tl.load(sin + angle, mask=at < HALF, other=0.0) * sign
-    first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + place + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + place + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    """Rotary embedding of heads: x `(batch, tokens, heads, head_dim)`, cos and sin `(tokens, head_dim)` float32 with equal halves; `back` is the inverse, and the gradient."""
-    batch, tokens, heads, size = x.shape
-    out = torch.empty_like(x)
-    half = size // 2
-    _rotated[(batch * tokens,)](
-        x, cos, sin, out, tokens, -1.0 if back else 1.0, HEADS=heads, HALF=half, ROUND_HEADS=triton.next_power_of_2(heads), ROUND_HALF=triton.next_power_of_2(half)
-    )
-    return out
-
-
-@triton.jit
-def _gate_forward(gate, up, out, total, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gate_backward(gate, up, grad, to_gate, to_up, total, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    s = 1.0 / (1.0 + tl.exp(-g))
-    tl.store(to_gate + at, (d * u * s * (1.0 + g * (1.0 - s))).to(to_gate.dtype.element_ty), mask=inside)
-    tl.store(to_up + at, (d * g * s).to(to_up.dtype.element_ty), mask=inside)
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`."""
-    out = torch.empty_like(gate)
-    _gate_forward[(triton.cdiv(gate.numel(), TILE),)](gate, up, out, gate.numel(), BLOCK=TILE)
-    return out
-
-
-def gated_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up."""
-    made: tuple[Any, Any] = (torch.empty_like(gate), torch.empty_like(up))
-    _gate_backward[(triton.cdiv(gate.numel(), TILE),)](gate, up, grad, *made, gate.numel(), BLOCK=TILE)
-    return made
-
-
-@triton.jit
-def _fake_quantized(x, out, about, clip_max_at, clip_min_at, knee_low_at, knee_high_at, smallest, channels, TOP: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < channels
-    v = tl.load(x + row * channels + at, mask=inside, other=0.0).to(tl.float32)
-    high, low = tl.maximum(tl.max(v, 0), 0.0), tl.minimum(tl.min(v, 0), 0.0)
-    low_part = tl.load(clip_min_at) * low
-    s = tl.math.div_rn(tl.load(clip_max_at) * high - low_part, TOP * 1.0)
-    s = tl.where(s < smallest, 1.0, s)
-    z = tl.minimum(tl.maximum(_rint(tl.math.div_rn(-low_part, s)), 0.0), TOP * 1.0)
-    steps = tl.math.div_rn(v, s)
-    if TOP == 15:
-        q = tl.minimum(tl.maximum(_rint(steps) + z, 0.0), 15.0)
-    else:
-        a, b = _rint(tl.load(knee_low_at) * z), _rint(tl.load(knee_high_at) * (127.0 - z))
-        before = _piecewise_value(0, z, a, b)
-        q = tl.zeros_like(steps) + before
-        for k in tl.static_range(1, 16):
-            value = _piecewise_value(k, z, a, b)
-            q = tl.where(steps + z > (before + value) * 0.5, value, q)
-            before = value
-    tl.store(out + row * channels + at, (s * (q - z)).to(out.dtype.element_ty), mask=inside)
-    tl.store(about + row * 4, s)
-    tl.store(about + row * 4 + 1, z)
-    tl.store(about + row * 4 + 2, high)
-    tl.store(about + row * 4 + 3, low)
-
-
-@triton.jit
-def _fake_quantized_backward(x, grad, about, clip_max_at, clip_min_at, knee_low_at, knee_high_at, to_x, sums, smallest, channels, TOP: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    s, z = tl.load(about + row * 4), tl.load(about + row * 4 + 1)
-    a, b = 0.0, 0.0
-    if TOP == 127:
-        a, b = _rint(tl.load(knee_low_at) * z), _rint(tl.load(knee_high_at) * (127.0 - z))
-    to_scale, to_zero, to_low, to_high = 0.0, 0.0, 0.0, 0.0
-    for start in range(0, channels, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < channels
-        v = tl.load(x + row * channels + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + row * channels + at, mask=inside, other=0.0).to(tl.float32)
-        steps = tl.math.div_rn(v, s)
-        if TOP == 15:
-            t = _rint(steps) + z
-            q = tl.minimum(tl.maximum(t, 0.0), 15.0)
-        else:
-            t = steps + z
-            before = _piecewise_value(0, z, a, b)
-            q = tl.zeros_like(t) + before
-            code = tl.zeros_like(t)
-            for k in tl.static_range(1, 16):
-                value = _piecewise_value(k, z, a, b)
-                above = t > (before + value) * 0.5
-                code = tl.where(above, tl.where(tl.zeros_like(t) + value > before, k * 1.0, code), code)
-                q = tl.where(above, value, q)
-                before = value
-            core = (code - 4.0) / 7.0
-            low_slope = tl.where(code < 4.0, code * -0.25, tl.where(code > 11.0, 0.0, core - 1.0)) * z
-            high_slope = tl.where(code < 4.0, 0.0, tl.where(code > 11.0, 1.0 - (code - 11.0) * 0.25, core)) * (127.0 - z)
-            to_low += tl.sum(g * low_slope, 0)
-            to_high += tl.sum(g * high_slope, 0)
-        kept = tl.where((t >= 0.0) & (t <= TOP * 1.0), g, 0.0)
-        tl.store(to_x + row * channels + at, kept.to(to_x.dtype.element_ty), mask=inside)
-        to_scale += tl.sum(g * (q - z), 0) - tl.sum(kept * steps, 0)
-        to_zero += tl.sum(kept - g, 0)
-    # s = (clip_max high - clip_min low) / TOP, or 1 where that is too small; z = rint(-clip_min low / s), straight-through
-    high, low = tl.load(about + row * 4 + 2), tl.load(about + row * 4 + 3)
-    clip_max, clip_min = tl.load(clip_max_at), tl.load(clip_min_at)
-    point = -clip_min * low / s
-    to_point = tl.where((_rint(point) >= 0.0) & (_rint(point) <= TOP * 1.0), s * to_zero, 0.0)
-    raw = tl.math.div_rn(clip_max * high - clip_min * low, TOP * 1.0)
-    spread = tl.where(raw < smallest, 0.0, (to_scale - to_point * point / s) / TOP)
-    tl.store(sums + row * 4, spread * high)
-    tl.store(sums + row * 4 + 1, -low * (to_point / s + spread))
-    tl.store(sums + row * 4 + 2, to_low * s)
-    tl.store(sums + row * 4 + 3, to_high * s)
-
-
-def fake_quantized(x: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
-    """Activations `(n, channels)` through their sixteen codes, in their own type, and `(n, 4)`: scale, zero point, largest and smallest value
-    (zero included). factors: clip_max, clip_min, knee_low, knee_high `()`; steps 15 (uniform) or 127 (piecewise)."""
-    rows, channels = x.shape
-    out, about = torch.empty_like(x), torch.empty(rows, 4, device=x.device)
-    block = triton.next_power_of_2(channels)
-    _fake_quantized[(rows,)](x, out, about, *factors, SMALLEST_SCALE, channels, TOP=steps, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False)
-    return out, about
-
-
-def fake_quantized_backward(x: Tensor, grad: Tensor, about: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor], steps: int) -> tuple[Tensor, Tensor]:
-    """Gradient of x, and `(4,)`: those of clip_max, clip_min, knee_low and knee_high (0 for the knees of `uniform`)."""
-    rows, channels = x.shape
-    to_x, sums = torch.empty_like(x), torch.empty(rows, 4, device=x.device)
-    block = min(triton.next_power_of_2(channels), WIDEST)
-    _fake_quantized_backward[(rows,)](
-        x, grad, about, *factors, to_x, sums, SMALLEST_SCALE, channels, TOP=steps, BLOCK=block, num_warps=_warps(block), enable_fp_fusion=False
-    )
-    return to_x, sums.sum(0)
