@@ -3,7 +3,8 @@
 Shapes of a 7B model, M = 1 and 16 (decode) and 128 and 512 (prefill), both level modes; SmolLM2-135M's shapes at M = 1 and 2048.
 Everything in one run, interleaved, because only ratios inside a run mean something on a shared machine. Weights rotate among enough
 copies that the second-level cache cannot hold them; `copy_gb_s` is torch's copy of 256 MB in the same run, read and write counted,
-and `read_gb_s` its sum. Times are medians after a warm-up; `ours` includes the activation quantizer, which is also given alone.
+and `read_gb_s` its sum. `one_thread_gb_s` says what bounds one token: a weight that stays in the last cache against weights from memory, one
+thread; where both are equal it is not memory. Times are medians after a warm-up; `ours` includes the activation quantizer, which is also given alone.
 """
 
 from __future__ import annotations
@@ -66,6 +67,27 @@ def bandwidth(seconds: float) -> list[dict[str, Any]]:
         {"name": "copy_gb_s", "value": 2 * source.numel() * 4 / copy / 1e3, "unit": "GB/s"},
         {"name": "read_gb_s", "value": source.numel() * 4 / read / 1e3, "unit": "GB/s"},
     ]
+
+
+def one_thread(seconds: float) -> list[dict[str, Any]]:
+    """Rates at which one thread goes through weights at one token, from the last cache and from memory, in turns."""
+    threads, x, made = torch.get_num_threads(), torch.randn(1, 4096), []
+    torch.set_num_threads(1)
+    for mode, group in MODES:
+        near = cpu.CpuWeight(random_packed(1024, 4096, group, mode))
+        far = [cpu.CpuWeight(random_packed(4096, 4096, group, mode, seed)) for seed in range(10)]
+        kinds = {"last cache": (near, partial(cpu.Fused([near], FACTORS), x)), "memory": (far[0], rotating([cpu.Fused([w], FACTORS) for w in far], partial(apply, x)))}
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(5):
+            for kind, (weight, run) in kinds.items():
+                rates[kind].append(layout_bytes(weight) / median_us(run, seconds / 5)[0] / 1e3)
+        made += [
+            {"name": "one_thread_gb_s", "value": max(found), "unit": "GB/s", "op": "ours", "weights_in": kind, "m": 1, "group_size": group, "level_mode": mode}
+            for kind, found in rates.items()
+        ]
+        print(f"one thread, {mode:8} G={group:<4} " + ", ".join(f"{kind} {max(found):.1f} GB/s" for kind, found in rates.items()), flush=True)
+    torch.set_num_threads(threads)
+    return made
 
 
 def layout_bytes(weight: cpu.CpuWeight) -> int:
@@ -133,7 +155,7 @@ def main(arguments: list[str]) -> int:
     if not cpu.library().levels:
         print(cpu.library().reason, file=sys.stderr)
         return 1
-    records = bandwidth(options.seconds)
+    records = bandwidth(options.seconds) + one_thread(options.seconds)
     for n, k in LARGE:
         records += shape_records(n, k, (1, 16), MODES, options.seconds)
         records += shape_records(n, k, (128, 512), MODES[1:2], options.seconds)
