@@ -1,8 +1,8 @@
 """Measures the CPU path beside torch fp32 and writes results/kernels_cpu.json:  python kernels/bench_cpu.py
 
 Shapes of a 7B model, M = 1 and 16 (decode) and 128 and 512 (prefill), both level modes; SmolLM2-135M's shapes at M = 1 and 2048.
-Everything in one run, interleaved, because only ratios inside a run mean something on a shared machine. Weights rotate among enough
-copies that the second-level cache cannot hold them; `copy_gb_s` is torch's copy of 256 MB in the same run, read and write counted,
+Everything in one run, interleaved, because only ratios inside a run mean something on a shared machine. Weights rotate among
+copies of 256 MB together, which no cache holds; `copy_gb_s` is torch's copy of 256 MB in the same run, read and write counted,
 and `read_gb_s` its sum, the better of before and after all else: a slow second there would flatter every share of it. `one_thread_gb_s` says what bounds one token: a weight that stays in the last cache against weights from memory, one
 thread; where both are equal it is not memory. Times are medians after a warm-up; `ours` includes the activation quantizer, which is also given alone.
 """
@@ -31,7 +31,7 @@ LARGE = ((4096, 4096), (11008, 4096), (4096, 11008))
 SMALL = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 MODES = (("explicit", 128), ("codebook", 32), ("codebook", 16))
 FACTORS = ActFactors("piecewise")
-ROTATED_BYTES = 48 << 20
+ROTATED_BYTES = 256 << 20  # as many as the probe of memory reads: less would leave a part of them in a large last cache
 
 
 def median_us(run: Callable[[], Any], seconds: float) -> tuple[float, int]:
@@ -75,7 +75,7 @@ def one_thread(seconds: float) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     for mode, group in MODES:
         near = cpu.CpuWeight(random_packed(1024, 4096, group, mode))
-        far = [cpu.CpuWeight(random_packed(4096, 4096, group, mode, seed)) for seed in range(10)]
+        far = copies_of(cpu.CpuWeight(random_packed(4096, 4096, group, mode)))
         kinds = {"last cache": (near, partial(cpu.Fused([near], FACTORS), x)), "memory": (far[0], rotating([cpu.Fused([w], FACTORS) for w in far], partial(apply, x)))}
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(5):
@@ -88,6 +88,13 @@ def one_thread(seconds: float) -> list[dict[str, Any]]:
         print(f"one thread, {mode:8} G={group:<4} " + ", ".join(f"{kind} {max(found):.1f} GB/s" for kind, found in rates.items()), flush=True)
     torch.set_num_threads(threads)
     return made
+
+
+def copies_of(weight: cpu.CpuWeight) -> list[cpu.CpuWeight]:
+    """The weight and as many copies as make ROTATED_BYTES, each in memory of its own."""
+    size = (weight.in_features, weight.out_features, weight.group_size)
+    more = ROTATED_BYTES // layout_bytes(weight)
+    return [weight, *(cpu.CpuWeight.from_layout(*size, *(None if t is None else t.clone() for t in weight.layout)) for _ in range(more))]
 
 
 def layout_bytes(weight: cpu.CpuWeight) -> int:
@@ -109,10 +116,9 @@ def apply(x: torch.Tensor, layer: Callable[[torch.Tensor], Any]) -> Any:
 def shape_records(n: int, k: int, tokens: tuple[int, ...], modes: tuple[tuple[str, int], ...], seconds: float) -> list[dict[str, Any]]:
     """torch fp32 and ours on one shape, for each number of tokens and level mode."""
     made: list[dict[str, Any]] = []
-    dense = [torch.randn(n, k) for _ in range(max(1, min(4, ROTATED_BYTES // (4 * n * k) + 1)))]
+    dense = [torch.randn(n, k) for _ in range(ROTATED_BYTES // (4 * n * k) + 1)]
     for mode, group in modes:
-        first = cpu.CpuWeight(random_packed(n, k, group, mode))
-        copies = [first] + [cpu.CpuWeight(random_packed(n, k, group, mode, seed)) for seed in range(1, min(16, ROTATED_BYTES // layout_bytes(first) + 1))]
+        copies = copies_of(first := cpu.CpuWeight(random_packed(n, k, group, mode)))
         for m in tokens:
             x = torch.randn(m, k)
             context = {"n": n, "k": k, "m": m, "group_size": group, "level_mode": mode}
