@@ -7,7 +7,8 @@ Hydra's own advice (to add unknown keys with a plus sign) would have them accept
 
 An experiment file is one of two things. A *recipe* chooses files and sets values, by Hydra's own means. A *delta* begins with
 `base: default` and only sets values: it is laid over the recipe that the chosen model has without it, so that one file
-(`ablation_stage4_off`) means the same change on every model. `base: NAME` lays it over that recipe instead.
+(`ablation_stage4_off`) means the same change on every model. `base: NAME` in the file lays it over that recipe instead, and so does
+`base=NAME` beside a delta that says `default`.
 
 Composing is not thread-safe (Hydra keeps a global), hence the lock.
 """
@@ -35,6 +36,7 @@ from lbllm_core.overrides import all_problems, closest, explain, field_types, me
 
 CONF = Path(conf.__file__).resolve().parent
 DEFAULT_EXPERIMENT = "embedded"
+BASE = "base"  # beside experiment=DELTA: the recipe that it is laid over
 _one_at_a_time = threading.Lock()
 
 
@@ -53,6 +55,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(problems)
     experiment = choices.get("experiment") or _default_experiment(choices)
     base, delta = _delta(experiment, choices)
+    choices.pop(BASE, None)
     composed = _compose_files({**choices, "experiment": base})
     choices["experiment"] = experiment
     composed = merged(composed, {**delta, "experiment": experiment, **values})
@@ -103,7 +106,7 @@ def _sorted_out(overrides: Sequence[str]) -> tuple[dict[str, str], list[str], li
         value = value.strip()
         if problem:
             problems.append(problem)
-        elif key in known and value in known[key]:
+        elif key == BASE or (key in known and value in known[key]):
             choices[key] = value
         elif key in known:
             problems.append(f"{key}={value!r} is not a file of {CONF.name}/{key} ({', '.join(known[key])}){closest(value, known[key])}")
@@ -123,12 +126,15 @@ def _delta(experiment: str, choices: Mapping[str, str]) -> tuple[str, dict[str, 
     """The recipe under an experiment and the dotted values laid over it: a recipe is its own base, with nothing over it."""
     content = _read(experiment)
     base = content.pop("base", None)
+    where = f"{CONF.name}/experiment/{experiment}.yaml"
+    if BASE in choices and base != "default":
+        raise ConfigError([f"base={choices[BASE]}: {where} is laid over no other recipe; only a file that says `base: default` is (every ablation_*)"])
     if base is None:
         return experiment, {}
-    where = f"{CONF.name}/experiment/{experiment}.yaml"
-    recipe = _default_experiment(choices) if base == "default" else str(base)
+    recipe = choices.get(BASE, _default_experiment(choices)) if base == "default" else str(base)
     if recipe not in groups()["experiment"] or "base" in _read(recipe):
-        raise ConfigError([f"{where}: base: {base} is no recipe; write `base: default` or the name of an experiment without a base"])
+        recipes = [name for name in groups()["experiment"] if "base" not in _read(name)]
+        raise ConfigError([f"{where}: base: {recipe} is no recipe; write `default` or the name of an experiment without a base{closest(recipe, recipes)}"])
     if "defaults" in content:
         raise ConfigError([f"{where}: a file with a base sets values only; remove `defaults`, or make it a recipe without `base`"])
     return recipe, {f"{section}.{k}": v for section, inner in content.items() if isinstance(inner, dict) for k, v in inner.items()} | {

@@ -4,7 +4,7 @@ A small model does not fill a large GPU: its kernels take microseconds and the p
 share it, each in a process of its own (several GPUs are filled evenly), all with one home folder: steps that two runs have in common are done once (the second
 waits at the step's lock and reuses it). A configuration file is what `make config ARGS=...` prints.
 
-Every run has a log in `<home>/logs`; its rows are recorded when it ends, and what it scored for zero-shot tasks (`evaluation.requests`) is
+Every run has a log in `<home>/logs`; its rows are recorded as soon as it ends, and what it scored for zero-shot tasks (`evaluation.requests`) is
 put beside the record. `--set` changes a field in all runs. `--minutes` ends the batch early: what is finished is
 kept, and the same command goes on from there. Exit code 1 when a run failed or had to be stopped.
 """
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,8 @@ def start(job: Job, home: Path, gpu: int | None) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | seen)
 
 
-def run_all(jobs: Sequence[Job], home: Path, at_once: int, seconds: float) -> dict[str, str]:
-    """Run them, `at_once` at a time, spread over the GPUs, for at most `seconds` in all. Returns what became of each, by its file's name."""
+def run_all(jobs: Sequence[Job], home: Path, at_once: int, seconds: float, ended: Callable[[Job], object] = lambda _: None) -> dict[str, str]:
+    """Run them, `at_once` at a time, spread over the GPUs, for at most `seconds` in all; `ended` is told of each that did. What became of each, by its file's name."""
     waiting, running, outcome = list(jobs), dict[Path, tuple[Job, subprocess.Popen[bytes], float]](), dict[str, str]()
     gpus = torch.cuda.device_count()
     places = dict[Path, int]()  # running job -> GPU
@@ -77,6 +77,7 @@ def run_all(jobs: Sequence[Job], home: Path, at_once: int, seconds: float) -> di
                     del running[path]
                     outcome[path.stem] = "done" if process.returncode == 0 else f"failed: {_last_words(job.log)}"
                     print(f"{path.stem}: {outcome[path.stem]}, {time.monotonic() - since:.0f} s", flush=True)
+                    ended(job)
     finally:
         for _, process, _ in running.values():
             process.terminate()
@@ -91,14 +92,13 @@ def _last_words(log: Path) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def collect(jobs: Sequence[Job], record: Path) -> list[Record]:
+def collect(jobs: Sequence[Job], record: Path, command: str) -> list[Record]:
     """Put the rows of the finished runs into the results file, in place of older ones of the same runs."""
     found = [r for job in jobs if job.rows.exists() for r in read_results(job.rows)["records"]]
     collect_scores([job.rows for job in jobs if job.rows.exists()], record)
     found = [r for i, r in enumerate(found) if not any(same_row(r, later) for later in found[i + 1 :])]
     if found:
-        names = " ".join(job.config.name for job in jobs)
-        write_results(record, f"python -m lbllm_core.batch {names}", found, keep=lambda old: not any(same_row(old, new) for new in found))
+        write_results(record, command, found, keep=lambda old: not any(same_row(old, new) for new in found))
     return found
 
 
@@ -119,8 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logs = home / "logs"
         logs.mkdir(exist_ok=True)
         jobs = [Job(path, logs / f"{path.stem}.log", logs / f"{path.stem}.rows.json", tuple(chosen.set)) for path in chosen.configs]
-        outcome = run_all(jobs, home, max(1, chosen.jobs), 60 * chosen.minutes)
-        records = collect(jobs, chosen.record)
+        names = [path.name for path in chosen.configs]
+        command = f"python -m lbllm_core.batch {' '.join(names[:3])}{f' ... ({len(names)} runs)' if len(names) > 3 else ''}"
+        outcome = run_all(jobs, home, max(1, chosen.jobs), 60 * chosen.minutes, lambda job: collect([job], chosen.record, command))
+        records = collect(jobs, chosen.record, command)
     except (OSError, ValueError) as error:
         print(f"a configuration cannot be read: {error}", file=sys.stderr)
         return 2
