@@ -1,6 +1,6 @@
-"""The tables of docs/results.md from `results/method.json`: a line for each question that was asked, seeds gathered into mean and spread.
+"""The tables of docs/results.md from `results/method*.json`: a line for each question that was asked, seeds gathered into mean and spread.
 
-A line is everything in a record's context but the seed. The value is the mean over seeds; with two or more, ± the standard
+A line is what the table shows of a record's context, so records of older and newer versions meet in it. The value is the mean over seeds; with two or more, ± the standard
 deviation (n - 1), which is what a difference between lines has to be held against. Perplexities lie beside their ratio to the
 teacher's of the same run.
 
@@ -61,7 +61,7 @@ def lines_of(records: Iterable[Record]) -> dict[Line, dict[str, dict[int, float]
 
 
 def method_table(records: Iterable[Record], model: str) -> str:
-    """Markdown: experiment, levels, activations, stages, tokens, bits, the three perplexities, seeds; best WikiText-2 last in each block."""
+    """Markdown: experiment, levels, activations, stages, tokens, bits, the three perplexities, seeds; best WikiText-2 first in each block."""
     lines = lines_of(r for r in records if r["model"] == model and (str(r["name"]) in PROTOCOLS))
     ceiling = next((figures for line, figures in lines.items() if line[1] == "teacher"), {})
     cells: Cells = [["experiment", "levels", "activations", "stages", "tokens", "bits a weight", *(p.removeprefix("ppl_") for p in PROTOCOLS), "seeds"]]

@@ -2,7 +2,8 @@
 
 A page holds `<!-- table: NAME -->` ... `<!-- end -->`; what stands between is replaced. Numbers are never typed by hand: a
 command measured them and wrote a results file (schema: command, commit, date, device, versions, records), and the line under
-each table says which. A table whose results are not there says so.
+each table says which. A table whose results are not there says so. Seeds of one question may come from several files (`method`): then
+there is a line for each file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,12 +20,13 @@ from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
 from lbllm_core.report.fault_tables import fault_table
 from lbllm_core.report.kernel_tables import model_table, peers_table, product_table
-from lbllm_core.report.method_tables import method_table, zero_shot_table
+from lbllm_core.report.method_tables import PROTOCOLS, method_table, zero_shot_table
 from lbllm_core.report.records import read_results
 from lbllm_core.report.scale_tables import scale_table
 from lbllm_core.report.tables import comparison, markdown, rows_of
 
 RESULTS = Path("results")
+MODEL = "smollm2_135m"  # whose tables the pages show
 _SLOT = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,12 +48,12 @@ def times_table(content: Mapping[str, Any]) -> str:
 
 
 def _embedded(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [r for r in content["records"] if r.get("model") == "smollm2_135m"]
+    return [r for r in content["records"] if r.get("model") == MODEL]
 
 
 def strength_table(content: Mapping[str, Any]) -> str:
     """Every row of the method at full strength and of its controls, on SmolLM2-135M-Instruct."""
-    return method_table(content["records"], "smollm2_135m")
+    return method_table(content["records"], MODEL)
 
 
 def desk_table(content: Mapping[str, Any]) -> str:
@@ -71,36 +74,77 @@ def desk_table(content: Mapping[str, Any]) -> str:
 
 
 Table = Callable[[Mapping[str, Any]], str]
-TABLES: Mapping[str, tuple[str, Table]] = MappingProxyType(
+SEEDS = ("method.json", "method_h200.json")  # one table of all seeds; where and when each ran stands below it
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a table comes from: `files` of `results/` whose records `table` gets as one content, and which of the records it shows."""
+
+    files: tuple[str, ...]
+    table: Table
+    shows: Callable[[Mapping[str, Any]], bool] = lambda record: True
+
+
+def _of(file: str, table: Callable[..., str], *more: Any) -> Source:
+    return Source((file,), lambda content: table(content["records"], *more))
+
+
+TABLES: Mapping[str, Source] = MappingProxyType(
     {
-        "pipeline": ("pipeline_cpu.json", pipeline_table),
-        "pipeline_times": ("pipeline_cpu.json", times_table),
-        "desk": ("desk.json", desk_table),
-        "method": ("method.json", strength_table),
-        "order": ("order_h100.json", strength_table),
-        "zero_shot": ("method.json", lambda content: zero_shot_table(content["records"], "smollm2_135m")),
-        "kernels_h100": ("kernels_h100.json", lambda content: product_table(content["records"], "cublas_fp16")),
-        "kernels_peers": ("peers_h100.json", lambda content: peers_table(content["records"])),
-        "kernels_cpu": ("kernels_cpu.json", lambda content: product_table(content["records"], "torch_fp32")),
-        "decode_h100": ("decode_h100.json", lambda content: model_table(content["records"])),
-        "faults": ("faults.json", lambda content: fault_table(content["records"])),
-        "scale_h100": ("scale_h100.json", lambda content: scale_table(content["records"])),
-        "decode_cpu": ("decode_cpu.json", lambda content: model_table(content["records"])),
+        "pipeline": Source(("pipeline_cpu.json",), pipeline_table),
+        "pipeline_times": Source(("pipeline_cpu.json",), times_table),
+        "desk": Source(("desk.json",), desk_table),
+        "method": Source(SEEDS, strength_table, lambda r: r["name"] in PROTOCOLS),
+        "order": Source(("order_h100.json",), strength_table),
+        "zero_shot": Source(SEEDS, lambda content: zero_shot_table(content["records"], MODEL), lambda r: str(r["name"]).startswith("acc_")),
+        "kernels_h200": _of("kernels_h200.json", product_table, "cublas_fp16"),
+        "kernels_h100": _of("kernels_h100.json", product_table, "cublas_fp16"),
+        "kernels_peers_h200": _of("peers_h200.json", peers_table),
+        "kernels_peers": _of("peers_h100.json", peers_table),
+        "kernels_cpu": _of("kernels_cpu.json", product_table, "torch_fp32"),
+        "decode_h200": _of("decode_h200.json", model_table),
+        "decode_h100": _of("decode_h100.json", model_table),
+        "faults": _of("faults.json", fault_table),
+        "scale_h200": _of("scale_h200.json", scale_table),
+        "scale_h100": _of("scale_h100.json", scale_table),
+        "decode_cpu": _of("decode_cpu.json", model_table),
     }
 )
 
 
 def render(name: str, results: Path = RESULTS) -> str:
-    """One table with its source line. Raises DataError for a name that has no table."""
+    """One table with its source lines, one for each file that it shows records of. Raises DataError for a name that has no table."""
     if name not in TABLES:
         raise DataError(f"there is no table {name!r}; tables: {', '.join(TABLES)}")
-    file, table = TABLES[name]
-    if not (results / file).exists():
-        return f"_Not measured yet: `results/{file}` is not there._\n"
-    content = read_results(results / file)
+    source = TABLES[name]
+    there = [file for file in source.files if (results / file).exists()]
+    if not there:
+        return f"_Not measured yet: {_listed(source.files)} {'is' if len(source.files) == 1 else 'are'} not there._\n"
+    read = {file: read_results(results / file) for file in there}
+    used = {file: content | {"records": shown} for file, content in read.items() if (shown := [r for r in content["records"] if source.shows(r)])}
+    if not used:
+        return f"_Not measured yet: {_listed(there)} {'holds' if len(there) == 1 else 'hold'} no such figures._\n"
+    told = [source_line(file, content, len(source.files) > 1) for file, content in used.items()]
+    return f"{source.table(merged(list(used.values())))}\n" + "\n".join(told)
+
+
+def merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results files as one: the newest one's circumstances, the records of all of them, older files' first, so that of two figures of one line and seed the newer wins."""
+    ordered = sorted(contents, key=lambda content: str(content["date"]))
+    return {**ordered[-1], "records": [record for content in ordered for record in content["records"]]}
+
+
+def source_line(file: str, content: Mapping[str, Any], with_seeds: bool = False) -> str:
+    """What measured the records of a file: command, commit, date, device, torch; `with_seeds` (where several files make one table) also which seeds it holds."""
     commit = re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]+", "", content["commit"])  # what says that files differed from it stays
-    source = f"`{content['command']}`, commit `{commit}`, {content['date'][:10]}, {content['device']}, torch {content['versions']['torch']}"
-    return f"{table(content)}\n_{source}; from `results/{file}`._\n"
+    seeds = sorted({int(r["seed"]) for r in content["records"] if r["row"] != "teacher"}) if with_seeds else []
+    told = f" (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
+    return f"_`{content['command']}`, commit `{commit}`, {content['date'][:10]}, {content['device']}, torch {content['versions']['torch']}; from `results/{file}`{told}._\n"
+
+
+def _listed(files: Sequence[str]) -> str:
+    return " and ".join(f"`results/{file}`" for file in files)
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

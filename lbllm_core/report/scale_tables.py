@@ -1,4 +1,4 @@
-"""The table of docs/performance.md from `results/scale_h100.json`: what was asked, what was measured, and under which circumstances."""
+"""The table of docs/performance.md from `results/scale_*.json`: what was asked, what was measured, and under which circumstances."""
 
 from __future__ import annotations
 
