@@ -3,7 +3,7 @@
 A page holds `<!-- table: NAME -->` ... `<!-- end -->`; what stands between is replaced. Numbers are never typed by hand: a
 command measured them and wrote a results file (schema: command, commit, date, device, versions, records), and the line under
 each table says which. A table whose results are not there says so. Seeds of one question may come from several files (`method`): then
-there is a line for each file.
+there is a line for each file. A table may have a picture above it (`ablations`); it is drawn into the page's folder by the same command.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
+from lbllm_core.report.ablation_tables import ablation_tables, panels
 from lbllm_core.report.fault_tables import fault_table
 from lbllm_core.report.kernel_tables import model_table, peers_table, product_table
 from lbllm_core.report.method_tables import PROTOCOLS, method_table, zero_shot_table
+from lbllm_core.report.plots import dot_panels
 from lbllm_core.report.records import read_results
 from lbllm_core.report.scale_tables import scale_table
 from lbllm_core.report.tables import comparison, markdown, rows_of
@@ -84,12 +87,28 @@ class Source:
     files: tuple[str, ...]
     table: Table
     shows: Callable[[Mapping[str, Any]], bool] = lambda record: True
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture above a table: its file, seen from the page, what it shows in words, and how it is drawn from the records into a file."""
+
+    file: str
+    words: str
+    draw: Callable[[Sequence[dict[str, Any]], Path], object]
 
 
 def _of(file: str, table: Callable[..., str], *more: Any) -> Source:
     return Source((file,), lambda content: table(content["records"], *more))
 
 
+def ablations_picture(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel a family: WikiText-2 perplexity of each variant, the recipe's as a line."""
+    dot_panels(*panels(records, MODEL), path, "Ablations: WikiText-2 perplexity of each variant, the recipe's as a line", "perplexity, WikiText-2")
+
+
+ABLATIONS = Picture("pictures/ablations.png", "Ablations: a panel a family, a dot a variant, the recipe's WikiText-2 perplexity as a line", ablations_picture)
 TABLES: Mapping[str, Source] = MappingProxyType(
     {
         "pipeline": Source(("pipeline_cpu.json",), pipeline_table),
@@ -98,6 +117,7 @@ TABLES: Mapping[str, Source] = MappingProxyType(
         "method": Source(SEEDS, strength_table, lambda r: r["name"] in PROTOCOLS),
         "order": Source(("order_h100.json",), strength_table),
         "zero_shot": Source(SEEDS, lambda content: zero_shot_table(content["records"], MODEL), lambda r: str(r["name"]).startswith("acc_")),
+        "ablations": Source(("ablations_h200.json",), lambda content: ablation_tables(content["records"], MODEL), picture=ABLATIONS),
         "kernels_h200": _of("kernels_h200.json", product_table, "cublas_fp16"),
         "kernels_h100": _of("kernels_h100.json", product_table, "cublas_fp16"),
         "kernels_peers_h200": _of("peers_h200.json", peers_table),
@@ -126,7 +146,8 @@ def render(name: str, results: Path = RESULTS) -> str:
     if not used:
         return f"_Not measured yet: {_listed(there)} {'holds' if len(there) == 1 else 'hold'} no such figures._\n"
     told = [source_line(file, content, len(source.files) > 1) for file, content in used.items()]
-    return f"{source.table(merged(list(used.values())))}\n" + "\n".join(told)
+    seen = f"![{source.picture.words}]({source.picture.file})\n\n" if source.picture else ""
+    return f"{seen}{source.table(merged(list(used.values())))}\n" + "\n".join(told)
 
 
 def merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -152,8 +173,27 @@ def fill(text: str, results: Path = RESULTS) -> str:
     return _SLOT.sub(lambda slot: slot[1] + render(slot[2], results) + slot[3], text)
 
 
+def draw(page: Path, results: Path = RESULTS) -> list[Path]:
+    """Draw the pictures of a page's tables whose results are there, beside the page; those that are not as they were."""
+    changed = []
+    for name in (slot[2] for slot in _SLOT.finditer(page.read_text(encoding="utf-8"))):
+        picture = TABLES[name].picture if name in TABLES else None
+        there = [results / file for file in TABLES[name].files if (results / file).exists()] if picture else []
+        if picture and there:
+            with TemporaryDirectory() as folder:
+                drawn = Path(folder) / "picture.png"
+                picture.draw(merged([read_results(file) for file in there])["records"], drawn)
+                content = drawn.read_bytes()
+            path = page.parent / picture.file
+            if not path.exists() or path.read_bytes() != content:
+                path.parent.mkdir(exist_ok=True)
+                write_atomic(path, content)
+                changed.append(path)
+    return changed
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Fill the pages that are named; folders mean their `.md` files. Prints those that changed."""
+    """Fill the pages that are named, and draw their pictures; folders mean their `.md` files. Prints what changed."""
     named = [Path(a) for a in arguments]
     pages = [p for path in named for p in (sorted(path.rglob("*.md")) if path.is_dir() else [path])]
     for page in pages:
@@ -162,6 +202,8 @@ def main(arguments: Sequence[str]) -> int:
         if after != before:
             write_atomic(page, after.encode())
             print(f"{page} updated")
+        for picture in draw(page):
+            print(f"{picture} updated")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Plots as PNG files, and as SVG for a page: perplexity bars, points, curves, histograms. The only matplotlib import.
+"""Plots as PNG files, and as SVG for a page: perplexity bars, points, curves, histograms, dots. The only matplotlib import.
 
 Drawn on the Agg canvas directly, without pyplot: no window, no global state, safe in threads. Equal data give equal bytes
 (no date in the file), so a cached step's plots are stable. An SVG is a fragment for an HTML page: no address in it but those of the
@@ -20,6 +20,8 @@ from typing import Any
 SPARE: Mapping[str, float] = MappingProxyType({"left": 0.75, "right": 0.15, "top": 0.35, "bottom": 0.5})  # inches around the axes of a chart
 MOST_LABELS = 14  # points that are called by name; of more, those on the Pareto lines
 MOST_LINES = 60  # of a table that is a picture
+DOT_INCHES, PANEL_INCHES = 0.17, 0.4  # of `dot_panels`: a line, and what a panel has above and below its lines
+FARTHEST = 2.0  # times the recipe's value: how far its axis goes
 LINE_POINTS, LETTER_POINTS = 9.5, 4.2  # height of a label and width of its letters, in points
 COLOURS = ("#4c566a", "#b0403a", "#d08a3e", "#3a7ca5", "#4f8f5b", "#7b5ea7")
 
@@ -228,6 +230,80 @@ def _goes_right(place: tuple[float, float], points: Mapping[tuple[float, float],
     inwards = bool(x <= sum(edges) / 2)
     free = {right: not any((dx > 0) == right for dx in beside) and (x + width + 12 < edges[1] if right else x - width - 12 > edges[0]) for right in (True, False)}
     return inwards if free[inwards] or not free[not inwards] else not inwards
+
+
+def dot_panels(panels: Sequence[tuple[str, Sequence[tuple[str, float]]]], recipe: float | None, path: Path, title: str, label: str) -> Path:
+    """Small multiples in three columns: a panel a title, a dot a name with its value beside it, the recipe's value as a line through all and behind the title.
+
+    One logarithmic axis for all panels, so that distances compare. It ends at `FARTHEST` times the recipe: what lies beyond is a triangle at the edge.
+    """
+    columns = in_columns([DOT_INCHES * len(dots) + PANEL_INCHES for _, dots in panels], 3)
+    values = [value for _, dots in panels for _, value in dots] + ([recipe] if recipe else [])
+    low, high = min(values), min(max(values), FARTHEST * (recipe or min(values)))
+    span = math.log(high / low) or 1.0
+    limits = (low * math.exp(-0.06 * span), high * math.exp(0.3 * span))  # room for the numbers to the right
+    height = max(sum(DOT_INCHES * len(panels[i][1]) + PANEL_INCHES for i in column) for column in columns) + 1.0
+    width = 4.2 * len(columns)
+    figure, whole = _figure(width, height, {"left": 0.1, "right": 0.1, "top": 0.4, "bottom": 0.1})
+    whole.set_axis_off()
+    whole.set_title(title + (f" ({recipe:.1f})" if recipe else ""), fontsize=11, loc="left")
+    for place, column in enumerate(columns):
+        top = height - 0.5
+        for index in column:
+            name, dots = panels[index]
+            tall = DOT_INCHES * len(dots)
+            top -= PANEL_INCHES - 0.08
+            axes = figure.add_axes(((4.2 * place + 1.6) / width, (top - tall) / height, 2.45 / 4.2 / len(columns), tall / height))
+            _dots(axes, name, dots, recipe, limits, last=index == column[-1], label=label)
+            top -= tall + 0.08
+    return _save(figure, path)
+
+
+def _dots(axes: Any, name: str, dots: Sequence[tuple[str, float]], recipe: float | None, limits: tuple[float, float], last: bool, label: str) -> None:
+    """One panel of `dot_panels`; the last of its column has the numbers of the axis."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set_xscale("log")
+    axes.set_xlim(*limits)
+    axes.set_ylim(len(dots) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+    axes.xaxis.set_major_formatter(ScalarFormatter() if last else NullFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", length=0)
+    axes.tick_params(axis="both", labelsize=8, length=2)
+    axes.grid(axis="x", color="#e4e7ec", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.set_yticks(range(len(dots)), [words for words, _ in dots])
+    axes.set_title(name, fontsize=8.5, loc="left", x=-0.62, pad=3, fontweight="bold")
+    if recipe is not None:
+        axes.axvline(recipe, color=COLOURS[1], linewidth=1)
+    edge = limits[0] * (limits[1] / limits[0]) ** 0.84
+    for row, (_, value) in enumerate(dots):
+        beyond = value > edge
+        at = edge if beyond else value
+        axes.plot([at], [row], marker=">" if beyond else "o", markersize=4.5, color=COLOURS[3])
+        text = axes.annotate(f"{value:.1f}" if value < 1000 else f"{value:.0f}", (at, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=7)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # the recipe's line does not cut its digits
+    if last:
+        axes.set_xlabel(label, fontsize=8)
+
+
+def in_columns(heights: Sequence[float], most: int) -> list[list[int]]:
+    """Places 0, 1, ... in their order, in at most `most` columns, the tallest of which is as low as it can be."""
+
+    def filled(limit: float) -> list[list[int]]:
+        columns: list[list[int]] = [[]]
+        for place, height in enumerate(heights):
+            if columns[-1] and sum(heights[i] for i in columns[-1]) + height > limit:
+                columns.append([])
+            columns[-1].append(place)
+        return columns
+
+    limits = sorted({sum(heights[i:j]) for j in range(1, len(heights) + 1) for i in range(j)})
+    return next(columns for columns in map(filled, limits) if len(columns) <= most)
 
 
 def lines_chart(lines: Sequence[Line], title: str, x_label: str, y_label: str) -> str:
