@@ -134,7 +134,8 @@ def _delta(experiment: str, choices: Mapping[str, str]) -> tuple[str, dict[str, 
     recipe = choices.get(BASE, _default_experiment(choices)) if base == "default" else str(base)
     if recipe not in groups()["experiment"] or "base" in _read(recipe):
         recipes = [name for name in groups()["experiment"] if "base" not in _read(name)]
-        raise ConfigError([f"{where}: base: {recipe} is no recipe; write `default` or the name of an experiment without a base{closest(recipe, recipes)}"])
+        said = f"base={recipe}" if BASE in choices else f"{where}: base: {recipe}"  # typed once for all cells of a sweep: told once
+        raise ConfigError([f"{said} is no recipe; write `default` or the name of an experiment without a base{closest(recipe, recipes)}"])
     if "defaults" in content:
         raise ConfigError([f"{where}: a file with a base sets values only; remove `defaults`, or make it a recipe without `base`"])
     return recipe, {f"{section}.{k}": v for section, inner in content.items() if isinstance(inner, dict) for k, v in inner.items()} | {

@@ -6,6 +6,8 @@ import pytest
 
 from flows import cells
 from flows.cells import Request, default_name, words
+from flows.compose import groups
+from lbllm_core.config import SECTIONS, digest
 from lbllm_core.errors import ConfigError
 
 
@@ -94,3 +96,25 @@ def test_a_sweeps_name_is_its_words() -> None:
     assert long != default_name(Request(tuple(f"model_{i}" for i in range(41))))
     first, second = (default_name(Request(("tiny",), overrides=(o,))) for o in ("seed=1", "seed=2"))
     assert first != second
+
+
+@pytest.mark.usefixtures("composed_once")
+def test_ablations_over_another_recipe() -> None:
+    """A file is a cell, also where two mean one run: the second finds every step done, and has a row of its own name."""
+    request = Request(("smollm2_135m",), ("ablations",), overrides=("base=method_ablations",))
+    name, found = cells.cells(request)
+    known = [experiment for experiment in groups()["experiment"] if experiment.startswith("ablation_")]
+    assert [cell.title for cell in found] == [f"smollm2_135m {experiment} seed 0" for experiment in known]
+    assert (len(found), len({digest(cell.config, list(SECTIONS)) for cell in found})) == (72, 59)
+    assert all("base=method_ablations" in cell.overrides for cell in found)
+    assert {cell.config.end_to_end.steps for cell in found} == {80}, "the recipe's, not the default's"
+    assert name != default_name(Request(("smollm2_135m",), ("ablations",))), "another base is another sweep"
+
+
+@pytest.mark.usefixtures("composed_once")
+def test_a_mistyped_recipe_is_told_once_and_a_recipe_among_the_experiments_is_named() -> None:
+    (found,) = problems(Request(("smollm2_135m",), ("ablation_stage4_off", "ablation_stage4_on"), overrides=("base=method_ablation",)))
+    assert found.startswith("base=method_ablation is no recipe")
+    assert "did you mean method_ablations?" in found
+    (found,) = problems(Request(("smollm2_135m",), ("ablation_stage4_off", "method"), overrides=("base=method_ablations",)))
+    assert found.startswith("smollm2_135m x method: base=method_ablations: conf/experiment/method.yaml is laid over no other recipe")
