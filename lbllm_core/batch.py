@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [path.name for path in chosen.configs]
         command = f"python -m lbllm_core.batch {' '.join(names[:3])}{f' ... ({len(names)} runs)' if len(names) > 3 else ''}"
         outcome = run_all(jobs, home, max(1, chosen.jobs), 60 * chosen.minutes, lambda job: collect([job], chosen.record, command))
-        records = collect(jobs, chosen.record, command)
+        began = [job for job in jobs if not outcome[job.config.stem].startswith("stopped")]  # a job that did not begin may have rows of an earlier batch
+        records = collect(began, chosen.record, command)
     except (OSError, ValueError) as error:
         print(f"a configuration cannot be read: {error}", file=sys.stderr)
         return 2
