@@ -52,6 +52,8 @@ def configs(folder: Path, **changes: dict[str, Any]) -> list[str]:
         for section in ("weight_distill", "act_quant", "end_to_end"):
             values[section]["enabled"] = False
         values["pack"]["benchmark"] = False
+        values["scheme"]["level_mode"] = "explicit"
+        values["ptq_init"]["sequences"] = 16
         for section, fields in change.items():
             values[section] = values[section] | fields if isinstance(fields, dict) else fields
         paths.append(folder / f"{name}.json")
@@ -77,30 +79,21 @@ def stand_ins(record: Path, scripts: dict[str, str], started: list[Any]) -> STAR
 
 
 @pytest.mark.usefixtures("tiny_teacher")
-def test_two_runs_at_once_are_both_recorded_and_a_failing_one_changes_nothing_of_it(
-    home: Path, models_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_runs_at_once_are_both_recorded_beside_one_that_fails(home: Path, models_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real runs; the failing one asks for more tokens than there are. Exit code 0 has the test below."""
     home.mkdir()
     (home / "models").symlink_to(models_home.absolute() / "models")
     record = tmp_path / "results" / "method.json"
-    asked = ["--home", str(home), "--record", str(record), "--jobs", "2"]
-    good = configs(tmp_path, fine={"scheme": {"group_size": 16}}, coarse={})
-    assert main([*asked, *good]) == 0
+    asked = configs(tmp_path, greedy={"dataset": {"source": "embedded", "sequences": 1_000_000}}, fine={}, coarse={"scheme": {"group_size": 64}})
+    assert main(["--home", str(home), "--record", str(record), "--jobs", "2", *asked]) == 1
     assert sorted(rows(record)) == [("coarse", "final"), ("coarse", "teacher"), ("fine", "final"), ("fine", "teacher")]
-    first = {r["experiment"]: r for r in read_results(record)["records"] if r["row"] == "final"}
-    assert first["coarse"]["effective_bpw"] < first["fine"]["effective_bpw"]
-    assert "coarse: done" in capsys.readouterr().out
-
-    record.unlink()
-    (greedy,) = configs(tmp_path, greedy={"dataset": {"source": "embedded", "sequences": 1_000_000}})
-    assert main([*asked, greedy, good[0]]) == 1
-    assert sorted(rows(record)) == [("fine", "final"), ("fine", "teacher")]
+    bits = {r["experiment"]: r["effective_bpw"] for r in read_results(record)["records"] if r["row"] == "final"}
+    assert bits["coarse"] < bits["fine"]
     told = capsys.readouterr().out
     assert "greedy: failed: dataset" in told
     assert "128000000 are needed" in told
+    assert "coarse: done" in told
     assert "fine: done" in told
-    again = {r["experiment"]: r for r in read_results(record)["records"] if r["row"] == "final"}
-    assert again["fine"] == first["fine"], "from the same artifacts"
 
 
 def test_rows_are_recorded_while_other_runs_go_on(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
