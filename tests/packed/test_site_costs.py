@@ -32,8 +32,8 @@ def test_every_choice_rounds_exactly_its_sites(made, make_fake):
         with torch.no_grad(), quantized_at(model, sites):
             got = model(ids).logits
         apart = {other: float((got - logits).norm() / logits.norm()) for other, logits in expected.items()}
-        assert min(apart, key=apart.__getitem__) == choice, apart
-        assert apart[choice] < 0.03, apart  # a code at a decision point may fall the other way
+        mine = apart.pop(choice)  # not 0: a code at a decision point may fall the other way
+        assert mine < 0.5 * min(apart.values()), (choice, mine, apart)
     assert torch.equal(model(ids).logits, before)
 
 
