@@ -57,7 +57,7 @@ def bench(section: str, seconds: int, minutes: float | str, *more: str) -> Part:
 
 
 NCU = (
-    "--kernel-name", "regex:decode_kernel|hopper_kernel|tiled_kernel|quantize_kernel",
+    "--kernel-name", "regex:decode_kernel|early_kernel|hopper_kernel|tiled_kernel|quantize_kernel",
     "--metrics", "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active", "--section", "SpeedOfLight", "--section", "LaunchStats", "--section", "Occupancy", "--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis",
     "--print-summary", "per-kernel", sys.executable, str(KERNELS / "bench_gpu.py"), "--only", "probe", "--out", os.devnull,
 )  # fmt: skip

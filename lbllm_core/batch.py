@@ -75,7 +75,7 @@ def run_all(jobs: Sequence[Job], home: Path, at_once: int, seconds: float, ended
             for path, (job, process, since) in list(running.items()):
                 if process.poll() is not None:
                     del running[path]
-                    outcome[path.stem] = "done" if process.returncode == 0 else f"failed: {_last_words(job.log)}"
+                    outcome[path.stem] = _end(process.returncode, job.log)
                     print(f"{path.stem}: {outcome[path.stem]}, {time.monotonic() - since:.0f} s", flush=True)
                     ended(job)
     finally:
@@ -85,6 +85,12 @@ def run_all(jobs: Sequence[Job], home: Path, at_once: int, seconds: float, ended
             process.wait()
     stopped = [job.config.stem for job, _, _ in running.values()] + [job.config.stem for job in waiting]
     return outcome | dict.fromkeys(stopped, "stopped: the time was over; the same command goes on from here")
+
+
+def _end(code: int, log: Path) -> str:
+    if code < 0:
+        return f"failed: killed by signal {-code}; the last it said: {_last_words(log)}"
+    return "done" if code == 0 else f"failed: {_last_words(log)}"
 
 
 def _last_words(log: Path) -> str:

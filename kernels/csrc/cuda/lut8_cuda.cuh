@@ -115,7 +115,7 @@ struct Levels<true, false> {
   __device__ __forceinline__ void load(const Lut8CudaWeight& w, int at) { raw = __ldg(reinterpret_cast<const unsigned short*>(w.group_codes + at)); }
   __device__ __forceinline__ void words(uint32_t table, uint32_t (&to)[2][2]) const {
     to[0][0] = to[1][0] = load_shared(table + (raw & 255) * 4);
-    to[0][1] = to[1][1] = load_shared(table + (raw >> 8) * 4);
+    to[0][1] = to[1][1] = load_shared(table + (raw >> 8 & 255) * 4);  // masked: a k tile beyond the last was never loaded, and is looked up all the same
   }
 };
 template <>

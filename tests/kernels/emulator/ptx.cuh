@@ -35,7 +35,11 @@ inline void mma(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 inline uint4 load_once(const uint4* p) { return *p; }
 inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cast<const int8_t*>(p) - emulated::shared); }
-inline const int8_t* shared_pointer(uint32_t at) { return emulated::shared + static_cast<int32_t>(at); }
+// Tables that a kernel declares lie beside `shared`; what is megabytes away is an index that nothing set.
+inline const int8_t* shared_pointer(uint32_t at) {
+  if (std::abs(static_cast<int32_t>(at)) > (8 << 20)) std::fprintf(stderr, "shared memory at %d\n", static_cast<int32_t>(at)), std::abort();
+  return emulated::shared + static_cast<int32_t>(at);
+}
 inline uint32_t load_shared(uint32_t at) {
   uint32_t v;
   std::memcpy(&v, shared_pointer(at), 4);
