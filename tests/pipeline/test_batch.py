@@ -27,6 +27,7 @@ rows.write_text(json.dumps({"schema": 1, "records": [row]}))
 AT_ONCE = ROWS + WRITE
 SLOW = "import time; time.sleep(600)"
 FAILS = "print('the disk is on fire'); raise SystemExit(3)"
+KILLED = "import os; print('block 3', flush=True); os.kill(os.getpid(), 9)"
 WHEN_FIRST_IS_RECORDED = f"""
 {ROWS}
 import time
@@ -108,9 +109,11 @@ def test_rows_are_recorded_while_other_runs_go_on(home: Path, tmp_path: Path, mo
 
 def test_a_failed_run_is_told_by_its_last_words(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "record.json"
-    monkeypatch.setattr(batch, "start", stand_ins(record, {"bad": FAILS, "first": AT_ONCE}, []))
-    assert main(["--home", str(home), "--record", str(record), *configs(tmp_path, bad={}, first={})]) == 1
-    assert "bad: failed: the disk is on fire" in capsys.readouterr().out
+    monkeypatch.setattr(batch, "start", stand_ins(record, {"bad": FAILS, "killed": KILLED, "first": AT_ONCE}, []))
+    assert main(["--home", str(home), "--record", str(record), *configs(tmp_path, bad={}, killed={}, first={})]) == 1
+    told = capsys.readouterr().out
+    assert "bad: failed: the disk is on fire" in told
+    assert "killed: failed: killed by signal 9; the last it said: block 3" in told
     assert rows(record) == [("first", "final")], "one at a time: the next one runs all the same"
 
 
