@@ -111,6 +111,7 @@ class PtqInitConfig:
     error_compensation: bool = flag(True, help="push each column's error into the columns that remain (GPTQ)")
     heaviest_first: bool = flag(True, help="compensate in the order of falling importance (of groups, and of columns inside one), not in that of storage")
     smoothing_exponent: float = number(0.6, 0.0, 1.0, help="foldable per-channel smoothing; 0: off")
+    key_smoothing: bool = flag(True, help="with scheme.kv_bits=4: keys are scaled and turned in the pairs of the rotary embedding, folded into q and k (models with q_norm or k_norm: nothing)")
     sequences: int = number(64, 1, 1 << 24, help="sequences used for the Hessians (the first ones)")
     damping: float = number(0.01, 1e-6, 1.0, help="share of the mean diagonal added to the Hessian")
     fit_weight: str = choice("hessian", "inverse_hessian", help="weight of a column in the level fit: H_ii, or 1 / [H^-1]_ii")

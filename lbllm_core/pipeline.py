@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from lbllm_core.config import RunConfig
+from lbllm_core.config import PtqInitConfig, RunConfig
 from lbllm_core.engine.artifacts import Handle
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import GateError
@@ -31,6 +31,7 @@ _MODEL = tuple(f"model.{name}" for name in ("source", "path", "file", "sha256", 
 _DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len", "generated", "temperature")))
 _WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size", "outlier_channels", "snap_levels"))
 _ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "act_group_size", "kv_bits"))
+_START = tuple(f"ptq_init.{f.name}" for f in fields(PtqInitConfig) if f.name != "key_smoothing")  # read with a 4-bit cache alone: `spec_of`
 _MEASURED = tuple(f"evaluation.{name}" for name in ("protocols", "tasks", "task_limit", "batch_tokens"))
 STEPS_MODULE = "lbllm_core.steps"
 
@@ -50,7 +51,7 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
         spec.name: spec
         for spec in (
             _spec("evaluate_teacher", *_MODEL, *_MEASURED),
-            _spec("ptq_init", *_MODEL, *_DATA, *_WEIGHTS, "ptq_init"),
+            _spec("ptq_init", *_MODEL, *_DATA, *_WEIGHTS, *_START),
             _spec("weight_distill", *_MODEL, *_DATA, *_WEIGHTS, "weight_distill"),
             _spec("act_quant", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "act_quant"),
             _spec("end_to_end", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "end_to_end"),
@@ -61,6 +62,7 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
     }
 )
 JOINT = replace(SPECS["weight_distill"], fields=tuple(sorted({*SPECS["weight_distill"].fields, *_ACTIVATIONS})))
+SMOOTH_KEYS = replace(SPECS["ptq_init"], fields=tuple(sorted({*SPECS["ptq_init"].fields, "ptq_init.key_smoothing", "scheme.kv_bits"})))
 AFTER = MappingProxyType({"stage1": "ptq_init", "stage2": "weight_distill", "stage3": "act_quant"})  # rows that are the model after a stage
 SWEEPS = ("ptq_init", "weight_distill", "act_quant")  # stages that go through the model block by block
 STAGES = (*SWEEPS, "end_to_end")  # the steps that hand a student on
@@ -87,7 +89,10 @@ class Finished:
 
 
 def spec_of(name: str, config: RunConfig) -> StepSpec:
-    """A step as this config runs it: joint training reads the activations' format in stage 2, which else stays independent of it."""
+    """A step as this config runs it. Joint training reads the activations' format in stage 2, which else stays independent of it; smoothing of
+    keys reads the cache's in stage 1, which is one for both widths without it."""
+    if name == "ptq_init" and config.scheme.kv_bits == 4 and config.ptq_init.key_smoothing:
+        return SMOOTH_KEYS
     return JOINT if name == "weight_distill" and config.weight_distill.joint else SPECS[name]
 
 
@@ -143,7 +148,7 @@ def baseline_steps(config: RunConfig, row: str) -> list[PlannedStep]:
     changed = baseline_config(config, row)
     if row in AFTER:
         return _measured(changed, row, AFTER[row])
-    start = PlannedStep(f"{row}/ptq_init", SPECS["ptq_init"], changed, row)
+    start = PlannedStep(f"{row}/ptq_init", spec_of("ptq_init", changed), changed, row)
     return [start, *_measured(changed, row, start.name)]
 
 

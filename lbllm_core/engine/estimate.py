@@ -42,7 +42,7 @@ from types import MappingProxyType
 from lbllm_core.config import RunConfig, canonical_json, select
 from lbllm_core.engine import estimate_large
 from lbllm_core.engine.machine import Rates
-from lbllm_core.engine.needs import NUMBER_BYTES, SHARD, Work, forward, level_bytes, pass_tokens, site_sides, streams
+from lbllm_core.engine.needs import NUMBER_BYTES, SHARD, Work, forward, key_bytes, level_bytes, pass_tokens, site_sides, streams
 from lbllm_core.model.inspect import Shapes
 from lbllm_core.pipeline import PlannedStep, plan
 from lbllm_core.quant.bits import linear_bits
@@ -206,6 +206,7 @@ def _ptq_init(c: RunConfig, s: Shapes) -> Work:
     else:
         rounds = c.ptq_init.em_rounds * c.ptq_init.em_starts if c.scheme.level_family == "free" else 8
         passes = s.blocks * s.linears * EM_BYTES * (rounds if c.ptq_init.method == "em" else 1)
+    passes += key_bytes(c, s)
     calls = s.blocks * (sum(sides) * COLUMN_CALLS + 2 * FORWARD_CALLS * max(1.0, tokens / pass_tokens(c, s)))
     largest = 8 * 4.0 * max(2 * s.ffn * s.hidden, s.hidden * s.heads * s.head_dim)
     held = _held(c, s, stream, 3)

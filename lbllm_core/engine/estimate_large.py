@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from lbllm_core.config import RunConfig
-from lbllm_core.engine.needs import NUMBER_BYTES, SHARD, Work, level_bytes, pass_tokens, site_sides, streams
+from lbllm_core.engine.needs import NUMBER_BYTES, SHARD, Work, key_bytes, level_bytes, pass_tokens, site_sides, streams
 from lbllm_core.model.inspect import Shapes
 
 FROM = 1 << 25  # weights of a block (`model/fused_block.py`)
@@ -94,7 +94,7 @@ def ptq_init(c: RunConfig, s: Shapes) -> Work:
     rounds = rounds if c.ptq_init.method == "em" else 1
     groups = sum(-(-side // c.scheme.group_size) for side in sides)
     calls = s.blocks * groups * (rounds * EM_CALLS + GROUP_CALLS)
-    passes = s.blocks * s.linears * EM_BYTES * rounds
+    passes = s.blocks * s.linears * EM_BYTES * rounds + key_bytes(c, s)
     held = _held(c, s, stream, 1, float(min(tokens, pass_tokens(c, s))))
     site = 12.0 * max(2 * s.ffn * s.hidden, 3 * s.hidden * s.heads * s.head_dim)  # a site's rows: stacked, in order, compensated
     memory = held.device + 13.0 * s.linears + 4.0 * squares + 24.0 * largest**2 * c.ptq_init.error_compensation + site

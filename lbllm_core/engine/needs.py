@@ -12,9 +12,11 @@ from types import MappingProxyType
 from lbllm_core.config import RunConfig
 from lbllm_core.engine.passes import tokens_a_pass
 from lbllm_core.model.inspect import Shapes
+from lbllm_core.model.key_smoothing import STEPS, TOKENS
 
 OVERHEAD = 1.35  # attention, norms and small products do not run at the speed of the probe
 SHARD = 1 << 27  # bytes of a shard of hidden states
+FIT_BYTES = 90  # fitting keys: a value of a key and step
 NUMBER_BYTES: Mapping[str, float] = MappingProxyType({"fp32": 4.0, "bf16": 2.0, "fp8": 1.0})  # of a stored hidden state
 
 
@@ -54,6 +56,14 @@ def streams(c: RunConfig, s: Shapes, sequences: int) -> tuple[float, float, floa
 def level_bytes(c: RunConfig) -> float:
     """Bytes a weight that levels take in a student: float32 in training, stored a group or in a table."""
     return 16.0 / c.scheme.group_size if c.scheme.level_mode == "explicit" else 1.0 / c.scheme.group_size
+
+
+def key_bytes(c: RunConfig, s: Shapes) -> float:
+    """Bytes that move while a 4-bit cache's keys are fitted, in all blocks (stage 1; also for models whose keys are then left alone)."""
+    if c.scheme.kv_bits != 4 or not c.ptq_init.key_smoothing:
+        return 0.0
+    tokens = min(TOKENS, c.ptq_init.sequences * c.dataset.seq_len)
+    return float(s.blocks * STEPS * tokens * s.kv_heads * s.head_dim) * FIT_BYTES
 
 
 def site_sides(s: Shapes) -> tuple[int, int, int, int]:

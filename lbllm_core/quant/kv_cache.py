@@ -3,7 +3,7 @@
 During generation the cache of keys and values grows with every token. Each (token, head) vector is stored as asymmetric
 4-bit codes with a float16 scale and a float16 minimum: `4 + 32 / head_dim` bits an element, 4.5 at head size 64. Keys are
 quantized after the rotary embedding, and the current token's own key and value pass through the same rounding, so what a
-model scores in one long pass is what it would score token by token.
+model scores in one long pass is what it would score token by token. Stage 1 makes keys flat for it beforehand (`model/key_smoothing.py`).
 
 It is switched on by name: transformers looks attention functions up in a registry, `lbllm` is one of them, and it does
 nothing but round keys and values before handing over to the standard one. No model code is touched. A real 4-bit cache

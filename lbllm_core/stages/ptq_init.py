@@ -3,7 +3,8 @@
 Block by block, on the inputs that the already quantized prefix produces:
 
 1. run the block once and collect, at each of its four sites, `H = sum x x^T` and `max |x|`;
-2. fold smoothing into the weights and carry H along (`model/smoothing.py`);
+2. where the cache will hold four bits, fold a transform of the keys into q and k (`model/key_smoothing.py`); then fold smoothing into
+   the weights and carry H along (`model/smoothing.py`);
 3. for the linears that share a site, fit levels (four-means, or a table of quadruples) and quantize column by column with
    error compensation (`quant/error_compensation.py`). Their rows are stacked: same input, same H, one sweep.
 
@@ -28,6 +29,7 @@ from lbllm_core.config import PtqInitConfig, SchemeConfig
 from lbllm_core.engine.block_sweep import BlockJob, passes
 from lbllm_core.errors import ModelError, NumericalError
 from lbllm_core.model.blocks import NORMS, SITE_OF, SITES, linears_of, linears_of_site
+from lbllm_core.model.key_smoothing import KEY, QUERY, TOKENS, fit, fold, foldable, query_energy, rotated
 from lbllm_core.model.smoothing import SiteStatistics, smooth
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.error_compensation import inverse_factor, quantize_columns, sweep_order
@@ -45,6 +47,8 @@ from lbllm_core.quant.weight import (
 )
 
 LARGEST = 8.0  # in units of the row's root mean square
+POSITIONS = 2048  # that their sequences are laid over: calibration sequences may be shorter than what the model will read
+UNCHANGED = 0.01  # of the energy that a block adds to its inputs, the most that folding may move: other roundings, not another function
 GRID_SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17)  # of the largest entry, tried as the end of the int8 grid
 
 
@@ -85,17 +89,79 @@ def collect_statistics(job: BlockJob) -> dict[str, SiteStatistics]:
 
 
 @torch.no_grad()
+def collect_keys(job: BlockJob) -> tuple[Tensor, Tensor]:
+    """What `key_smoothing.fit` reads: keys behind the rotary embedding `(tokens, key heads, head_dim)` of the first sequences, and the energy of queries.
+
+    The sequences are spread over the positions that the model will see: the angle at which a slow pair lies depends on the position, and short sequences would
+    show only the first ones. A sequence's first token stays at position 0, since its key is found nowhere else.
+    """
+    parts: Any = job.teacher_block
+    attention, length = parts.self_attn, min(job.inputs.shape[1], TOKENS)
+    count = min(len(job.inputs), max(1, TOKENS // length))
+    room = max(0, min(POSITIONS, int(job.decoder.config.max_position_embeddings)) - length)
+    keys, energies = [], []
+    for index, hidden in enumerate(job.inputs.batches([slice(i, i + 1) for i in range(count)])):
+        with job.hardware.autocast():
+            x = parts.input_layernorm(hidden[:, :length])
+            q, k = (getattr(attention, name)(x).float().unflatten(-1, (-1, attention.head_dim)) for name in ("q_proj", "k_proj"))
+        positions = torch.arange(length, device=hidden.device)
+        positions[1:] += room * index // max(1, count - 1)
+        cos, sin = (angle.float() for angle in job.decoder.base.rotary_emb(hidden, positions[None]))
+        keys.append(rotated(k, cos, sin)[0])
+        energies.append(query_energy(q[0], k.shape[-2]))
+    return torch.cat(keys), torch.stack(energies).mean(0)
+
+
+@torch.no_grad()
+def smooth_keys(job: BlockJob, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """Weights and biases with smoothed keys, and the share of the scores' squared error that is expected to be left; as they are where nothing can be folded.
+
+    Raises ModelError when the block is another function afterwards.
+    """
+    if not foldable(job.teacher_block.self_attn):  # type: ignore[arg-type]
+        return weights, biases, {}
+    transform, left = fit(*collect_keys(job), job.hardware.ranks.mean_)
+    weights, biases = fold(weights, biases, transform)
+    moved = _moved(job, weights, biases)
+    if not moved < UNCHANGED:
+        raise ModelError(
+            f"block {job.index}: smoothing its keys moves {moved:.1%} of what the block computes, so its rotary embedding does not pair channels i and "
+            "i + head_dim / 2 as Llama's does; set ptq_init.key_smoothing=false"
+        )
+    return weights, biases, {"key_error_left": float(left.mean())}
+
+
+def _moved(job: BlockJob, weights: dict[str, Tensor], biases: dict[str, Tensor]) -> float:
+    """How much of what the block adds to one sequence changes with these q and k, as a share of its energy, without the first token, whose activations are massive."""
+    block, hidden = job.teacher_block, job.inputs[slice(0, 1)]
+    changed = {f"{path}.weight": weights[path] for path in (QUERY, KEY)} | {f"{path}.bias": biases[path] for path in (QUERY, KEY) if path in biases}
+    changed = {name: value.to(block.get_parameter(name).dtype) for name, value in changed.items()}
+
+    def folded(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(block, changed, args, kwargs)
+
+    with job.hardware.autocast():
+        before, after = (job.decoder.run_block(made, hidden, job.surroundings, job.index).double() for made in (block, folded))  # type: ignore[arg-type]
+    return float((after - before)[:, 1:].square().sum() / (before - hidden)[:, 1:].square().sum().clamp_min(1e-30))
+
+
+@torch.no_grad()
 def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, seed: int) -> tuple[BlockState, dict[str, float]]:
-    """Stage 1 of one block. Figures: weighted relative error of each linear, and what the snap to int8 added."""
+    """Stage 1 of one block. Figures: weighted relative error of each linear, and what the snap to int8 added; with smoothed keys what is left of the scores' error."""
     linears = linears_of(job.teacher_block)
     for path, linear in linears.items():
         if scheme.outlier_channels and scheme.outlier_channels >= linear.in_features:
             raise ModelError(f"scheme.outlier_channels={scheme.outlier_channels} leaves none of the {linear.in_features} input channels of {path}; choose fewer")
     statistics = collect_statistics(job)
     parts: Any = job.teacher_block
+    weights = {path: linear.weight.detach().float() for path, linear in linears.items()}
+    biases = {path: linear.bias.detach().float() for path, linear in linears.items() if linear.bias is not None}
+    figures: dict[str, float] = {}
+    if scheme.kv_bits == 4 and config.key_smoothing:
+        weights, biases, figures = smooth_keys(job, weights, biases)
     weights, biases, norms, statistics = smooth(
-        {path: linear.weight.detach().float() for path, linear in linears.items()},
-        {path: linear.bias.detach().float() for path, linear in linears.items() if linear.bias is not None},
+        weights,
+        biases,
         {name: getattr(parts, name).weight.detach().float() for name in NORMS},
         statistics,
         config.smoothing_exponent,
@@ -103,7 +169,6 @@ def quantize_block(job: BlockJob, scheme: SchemeConfig, config: PtqInitConfig, s
     )
     made: dict[str, QuantizedWeight] = {}
     latents: dict[str, Tensor] = {}
-    figures: dict[str, float] = {}
     for index, site in enumerate(SITES):
         paths = linears_of_site(site)
         stacked = torch.cat([weights[p] for p in paths])
