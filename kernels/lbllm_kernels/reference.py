@@ -4,8 +4,10 @@
 
     y[m, n] = (s[m] * row_scale[n]) * float(acc[m, n] - z[m] * rowsum[n]) + bias[n],     acc = sum_k q[m, k] * w[n, k]
 
-**Exactness.** torch multiplies int32 matrices slowly (187 ms where fp32 takes 25), but fp32 products of small integers are exact as
-long as every partial sum stays under 2**24: chunks of 1024 channels do (1024 * 127 * 128 < 2**24). Chunks are added in int32.
+**Exactness.** torch multiplies int32 matrices slowly (187 ms where fp32 takes 25), and on a GPU not at all ("addmm_cuda" not implemented
+for 'Int', 'Long'). But fp32 products of small integers are exact as long as every partial sum stays under 2**24: chunks of 1024 channels do
+(1024 * 127 * 128 < 2**24), and 8 bits pass through TF32 whole. Chunks are added in int32. `int_matmul` is the one place for a product of
+integers.
 The subtraction is made in int32, and only then converted; the three float operations run in the order written, without fusing.
 
 **Shapes.** `q int8 (M, in)`, `acc int32 (M, out)`, `x (..., in)` -> `y (..., out)` in x's dtype.

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from lbllm_kernels import cpu
 from lbllm_kernels.activation import PIECEWISE_TOP, POWERS_OF_TWO, SMALLEST_SCALE, ActFactors, plane_values, quantize_outliers
+from lbllm_kernels.reference import int_matmul
 from torch import Tensor, nn
 
 from lbllm_core.fused import activations
@@ -222,8 +223,8 @@ def fit_planes(x: Tensor, clip: float) -> tuple[int, ...]:
 def _best_planes(candidates: Iterable[Sequence[int]], mass: Tensor, mean: Tensor) -> tuple[tuple[int, ...], float]:
     """The legal candidate of least error, the first of equals, and its error; mass, mean `(bins,)`."""
     legal = [tuple(c) for c in candidates if 0 < c[0] <= c[1] <= c[2] <= c[3] and sum(c) <= PIECEWISE_TOP]
-    masks = torch.tensor(list(itertools.product((0, 1), repeat=4)), device=mean.device)
-    table = (torch.tensor(legal, device=mean.device) @ masks.T).float().sort(dim=1).values
+    weights, masks = (torch.tensor(rows, dtype=torch.int8, device=mean.device) for rows in (legal, list(itertools.product((0, 1), repeat=4))))
+    table = int_matmul(weights, masks).float().sort(dim=1).values  # torch has no product of int64 on a GPU
     at = torch.searchsorted((table[:, 1:] + table[:, :-1]) * 0.5, mean.expand(len(legal), -1).contiguous())
     errors = (mass * (mean - table.gather(1, at)).double().square()).sum(1)
     found = int(errors.argmin())

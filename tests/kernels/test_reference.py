@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from gpu_products import GpuProducts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lbllm_kernels import reference
+from lbllm_kernels import dispatch, planes, reference
 from lbllm_kernels.activation import ActFactors, dequantize_activations, quantize_activations
 from lbllm_kernels.format import dequantize, int8_weight
 from lbllm_kernels.synthetic import random_packed
@@ -83,3 +84,39 @@ def test_wrong_codes_are_refused(q):
 def test_wrong_width_is_refused():
     with pytest.raises(ValueError, match="takes 64"):
         reference.linear(torch.zeros(2, 60), random_packed(8, 64, 32), ActFactors("uniform"))
+
+
+def with_outliers(n, mode):
+    packed = random_packed(24, 150, 32, mode)
+    if not n:
+        return packed
+    g = torch.Generator().manual_seed(5)
+    tail = torch.randint(-127, 128, (24, n), generator=g, dtype=torch.int8)
+    return dataclasses.replace(packed, perm=torch.randperm(150, generator=g).to(torch.int32), outlier_weight=tail, outlier_scale=torch.full((24,), 0.02))
+
+
+@pytest.mark.parametrize("mode", ["explicit", "codebook"])
+@pytest.mark.parametrize("outliers", [0, 16])
+@pytest.mark.parametrize("variant", ["uniform", "piecewise", "planes", "none"])
+def test_no_product_that_a_gpu_does_not_have(variant, outliers, mode, monkeypatch):
+    packed, factors = with_outliers(outliers, mode), ActFactors(variant)
+    x = torch.randn(5, 150, generator=torch.Generator().manual_seed(1))
+    expected = reference.linear(x, packed, factors)
+    monkeypatch.setenv(dispatch.PATH_VARIABLE, "reference")
+    with GpuProducts() as seen:
+        assert torch.equal(reference.linear(x, packed, factors), expected)
+        assert torch.equal(dispatch.linear(x, dispatch.prepare(packed, variant), factors), expected)
+        if variant != "none":
+            q = quantize_activations(x, factors)[0]
+            reference.accumulate(q, packed)
+            if variant == "planes" and not outliers:
+                planes.accumulate(q, packed, factors.planes)
+    assert seen.products >= 2
+
+
+def test_products_of_integers_are_seen():
+    """The instrument itself: what a GPU would refuse is refused."""
+    q = torch.randint(0, 9, (3, 4))
+    for product in (lambda: q @ q.T, lambda: torch.nn.functional.linear(q, q), lambda: q[0] @ q[0], lambda: torch.einsum("bik,bjk->bij", q[None].int(), q[None].int())):
+        with GpuProducts(), pytest.raises(NotImplementedError, match="not implemented for torch"):
+            product()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from gpu_products import GpuProducts
 from lbllm_kernels.activation import POWERS_OF_TWO
 
 from flows.compose import compose
@@ -43,7 +44,8 @@ def run(home: Path, *words: str):
 
 @pytest.fixture(scope="module")
 def predecessor(home):
-    return {word: run(home, f"experiment=ablation_predecessor_outliers_{word}") for word in ("on", "off")}
+    with GpuProducts():  # from stage 1 to the measured packed model
+        return {word: run(home, f"experiment=ablation_predecessor_outliers_{word}") for word in ("on", "off")}
 
 
 def test_the_predecessor_runs_packs_and_reloads(predecessor):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from gpu_products import GpuProducts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lbllm_kernels.activation import (
@@ -208,6 +209,14 @@ def test_planes_of_even_values_stay_powers_of_two():
     x = torch.rand(50, 200, generator=torch.Generator().manual_seed(12))
     assert plane_error(x, fit_planes(x, 1.0)) <= plane_error(x, POWERS_OF_TWO)
     assert max(abs(a - b) for a, b in zip(fit_planes(x, 1.0), POWERS_OF_TWO, strict=True)) <= 4
+
+
+def test_planes_are_fitted_without_a_product_of_integers():
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(3)) ** 3
+    expected = fit_planes(x, 0.9)
+    with GpuProducts() as seen:
+        assert fit_planes(x, 0.9) == expected
+    assert seen.products
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 8), torch.full((3, 8), 2.0), -torch.ones(1, 1)])
