@@ -7,7 +7,13 @@ Each sequence starts with a token drawn evenly from the vocabulary (after the BO
 Special tokens are never drawn, so a sequence is plain text of full length. A uniform start costs one odd token a sequence and buys
 variety: from the BOS alone a small model tells few stories. A token is where the cumulated distribution passes an even number, and
 each batch of sequences draws its numbers beforehand with a generator of its own: on a CPU the same seed gives the same tokens, and more
-sequences begin with the fewer ones, however many batches are written side by side over one KV cache (a GPU is not busy with one). In float32.
+sequences begin with the fewer ones, however many are written side by side over one KV cache. In float32.
+
+A step of a GPU costs the same for few sequences as for many (launches), so a *wave* of them goes side by side, as many as fit: the largest power of
+two, up to 512, whose bytes are no more than a quarter of what is free and no more than 24 GiB; at least one. Bytes of a sequence are known
+(`sequence_bytes`): keys and values of all its tokens, made once (`model/cache.py`), and a few rows of logits. When the device runs out of memory all
+the same (others use it too), the wave is halved and written again. Waves of other sizes round otherwise, so on a GPU the tokens of two runs may
+differ, as the text of two devices does. A CPU writes one batch at a time.
 
 It is all of the text (`dataset.source=self_generated`), or what follows behind other text where that is not enough (`dataset.generated`).
 
@@ -38,14 +44,20 @@ import torch
 from torch import Tensor
 
 from lbllm_core.config import DatasetConfig, RunConfig
+from lbllm_core.engine import machine, memory
 from lbllm_core.engine.hardware import resolve
-from lbllm_core.errors import DataError
+from lbllm_core.errors import DataError, MemoryShortage
+from lbllm_core.model.cache import roomy_cache, share_heads
+from lbllm_core.model.inspect import Shapes, architecture_shapes
 from lbllm_core.model.load import load_teacher, teacher_digest
 from lbllm_core.model.store import file_digest, published
 
 RECIPE = 2  # raise it when other tokens come from the same settings: it is part of the folder's key
 BATCH = 16  # sequences that share a generator
-SIDE_BY_SIDE = {"cpu": 1, "cuda": 32}  # batches
+LARGEST_WAVE = 512  # sequences that a GPU writes side by side
+WAVE_SHARE = 0.25  # of the device memory that is free
+WAVE_BYTES = 24 << 30
+LOGIT_ROWS = 5  # of a sequence at once: the model's (of two tokens at first), divided, softmax, its sums
 NGRAM = 4
 log = logging.getLogger(__name__)
 
@@ -92,20 +104,46 @@ def require_distinct(figures: dict[str, float], config: RunConfig) -> None:
         )
 
 
+def sequence_bytes(shapes: Shapes, tokens: int) -> int:
+    """Bytes that a sequence of so many tokens takes while it is written: its cache, its logits, and what passes through one block."""
+    cache = 2 * shapes.blocks * shapes.kv_heads * shapes.head_dim * tokens
+    passing = 2 * (4 * shapes.hidden + 3 * shapes.ffn + 4 * shapes.heads * shapes.head_dim)  # of two tokens at most
+    return 4 * (cache + LOGIT_ROWS * shapes.vocabulary + passing)
+
+
+def needed_bytes(shapes: Shapes, data: DatasetConfig, on_device: bool) -> tuple[float, float]:
+    """Bytes of host and device memory below which the teacher cannot write: itself in float32, and one sequence (on a CPU: one batch of them)."""
+    teacher, each = 4.0 * shapes.parameters, sequence_bytes(shapes, data.seq_len)
+    return (teacher, teacher + each) if on_device else (teacher + BATCH * each, 0.0)
+
+
+def wave_size(device: torch.device, each: int, free: int) -> int:
+    """How many sequences of `each` bytes are written side by side, with `free` bytes of device memory."""
+    if device.type != "cuda":
+        return BATCH
+    wave, room = LARGEST_WAVE, min(WAVE_SHARE * free, WAVE_BYTES)
+    while wave > 1 and wave * each > room:
+        wave //= 2
+    return wave
+
+
 @torch.no_grad()
 def sample(model: Any, first: Tensor, length: int, temperature: float, allowed: Tensor, draws: Tensor) -> Tensor:
     """Continue `first (batch, n)` to `(batch, length)` token ids over a KV cache. `allowed (vocabulary,)` bool: what may be drawn;
     draws `(batch, length - n)`: numbers from 0 to 1, one for each token."""
-    ids, last, cache = first, first, None
-    closed, draws = ~allowed.to(first.device), draws.to(first.device)
-    for column in draws.unbind(1):
-        answer = model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache = answer.past_key_values
-        logits = (answer.logits[:, -1].float() / temperature).masked_fill(closed, float("-inf"))
-        cumulated = logits.softmax(-1).cumsum(-1)
-        last = torch.searchsorted(cumulated, column[:, None] * cumulated[:, -1:], right=True).clamp_max(logits.shape[1] - 1)
-        ids = torch.cat([ids, last], 1)
+    ids = first.new_empty((len(first), length))
+    ids[:, : first.shape[1]] = last = first
+    closed, draws, cache = ~allowed.to(first.device), draws.to(first.device), roomy_cache(model.config, length)
+    for at, numbers in enumerate(draws.unbind(1), first.shape[1]):
+        last = _drawn(model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1], temperature, closed, numbers)
+        ids[:, at] = last[:, 0]
     return ids
+
+
+def _drawn(logits: Tensor, temperature: float, closed: Tensor, numbers: Tensor) -> Tensor:
+    """The next tokens `(batch, 1)` for logits `(batch, vocabulary)` and even numbers `(batch,)`."""
+    cumulated = (logits.float() / temperature).masked_fill_(closed, float("-inf")).softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulated, numbers[:, None] * cumulated[:, -1:], right=True).clamp_max(logits.shape[1] - 1)
 
 
 def is_written(config: RunConfig, home: Path) -> bool:
@@ -130,15 +168,20 @@ def _write(config: RunConfig, home: Path, folder: Path) -> None:
 
     d = config.dataset
     log.info("self_generated: %s writes %d sequences of %d tokens", config.model.name, wanted(d), d.seq_len)
-    teacher = load_teacher(config.model, home)
-    ids = _generate(config, teacher.model.to(resolve(config.hardware).device), teacher.tokenizer)
+    teacher, hardware = load_teacher(config.model, home), resolve(config.hardware)
+    tokenizer, model = teacher.tokenizer, teacher.model.to(hardware.device)
+    memory.settle(hardware.device)
+    ids = _generate(config, model, tokenizer, machine.limits(hardware, home).device_free)
+    del teacher, model
+    memory.release()
     save_file({"ids": ids}, folder / "tokens.safetensors")
-    lines = (json.dumps({"text": teacher.tokenizer.decode(row)}, ensure_ascii=False) for row in ids.tolist())
+    lines = (json.dumps({"text": tokenizer.decode(row)}, ensure_ascii=False) for row in ids.tolist())
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "figures.json").write_text(json.dumps(distinct_shares(ids), sort_keys=True), encoding="utf-8")
 
 
-def _generate(config: RunConfig, model: Any, tokenizer: Any) -> Tensor:
+def _generate(config: RunConfig, model: Any, tokenizer: Any, free: int = 0) -> Tensor:
+    """All sequences. `free`: bytes of device memory, where the model is on a GPU. Raises DataError, MemoryShortage."""
     from lbllm_core.data.tokens import bos_of, require_context
 
     require_context(config, tokenizer)
@@ -148,13 +191,40 @@ def _generate(config: RunConfig, model: Any, tokenizer: Any) -> Tensor:
     allowed[: len(tokenizer)] = True
     allowed[[i for i in tokenizer.all_special_ids if i < rows]] = False
     starts, bos = allowed.nonzero().squeeze(1), bos_of(config.model, tokenizer)
-    made, count = [], wanted(d)
-    wave = BATCH * SIDE_BY_SIDE[device.type]
-    for begin in range(0, count, wave):
-        firsts, draws = zip(*(_batch(config, index, starts, bos) for index in range(begin, min(begin + wave, count), BATCH)), strict=True)
-        made.append(sample(model, torch.cat(firsts).to(device), d.seq_len, d.temperature, allowed, torch.cat(draws)).cpu())
-        log.info("self_generated: %d of %d sequences", min(begin + wave, count), count)
+    wave = wave_size(device, sequence_bytes(architecture_shapes(model.config, 0), d.seq_len), free)
+    if device.type == "cuda":
+        share_heads(model)
+    made, count, begin = [], wanted(d), 0
+    whole = -(-count // BATCH) * BATCH  # the last batch too: products of fewer rows round otherwise
+    while begin < count:
+        first, draws = _numbers(config, begin, min(begin + wave, whole), starts, bos)
+        try:
+            made.append(sample(model, first.to(device), d.seq_len, d.temperature, allowed, draws).cpu())
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0] if str(error) else "no memory"
+        else:
+            begin += len(first)
+            log.info("self_generated: %d of %d sequences", min(begin, count), count)
+            continue
+        wave = _halved(wave, d, reason)
+        memory.settle(device)
     return torch.cat(made)[:count].contiguous()
+
+
+def _halved(wave: int, data: DatasetConfig, reason: str) -> int:
+    """A smaller wave, with a word in the log. MemoryShortage when there is none."""
+    if wave == 1:
+        raise MemoryShortage(f"the device has no memory to write one sequence of {data.seq_len} tokens ({reason}). Try shorter sequences (dataset.seq_len), a device with more free memory, or hardware.device=cpu")
+    log.warning("self_generated: the device ran out of memory; %d sequences are now written side by side instead of %d", wave // 2, wave)
+    return wave // 2
+
+
+def _numbers(config: RunConfig, begin: int, end: int, starts: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:
+    """First tokens and numbers, as `_batch` has them, of the sequences from `begin` to before `end`."""
+    at = begin - begin % BATCH
+    firsts, draws = zip(*(_batch(config, index, starts, bos) for index in range(at, end, BATCH)), strict=True)
+    part = slice(begin - at, end - at)
+    return torch.cat(firsts)[part], torch.cat(draws)[part]
 
 
 def _batch(config: RunConfig, index: int, starts: Tensor, bos: int | None) -> tuple[Tensor, Tensor]:

@@ -110,17 +110,14 @@ def verdict(found: Estimate, limits: Limits) -> Verdict:
 
 
 def require_whole(config: RunConfig, found: Estimate, limits: Limits, home: Path) -> None:
-    """PreflightError when the model is streamed and what holds all of it, stage 4 or text that the teacher writes, has no room: known now, not hours later."""
-    from lbllm_core.data.self_generated import is_written, wanted
+    """PreflightError when what holds the whole model has no room: stage 4 of a streamed model, or text that the teacher has yet to write. Known now, not hours later."""
+    from lbllm_core.data.self_generated import is_written, needed_bytes, wanted
 
-    if config.hardware.streaming != "on":
-        return
-    for step in found.steps:
+    for step in found.steps if config.hardware.streaming == "on" else ():
         shortage = _shortage(step.host, step.device, limits)
         if step.step == "end_to_end" and shortage:
             raise PreflightError(f"stage 4 trains the whole model at once, {shortage}, while every other step holds one block at a time: leave it out with end_to_end=off (end_to_end.enabled=false)")
-    teacher = 4.0 * found.shapes.parameters
-    shortage = _shortage(teacher, teacher if limits.device else 0.0, limits)
+    shortage = _shortage(*needed_bytes(found.shapes, config.dataset, bool(limits.device)), limits)
     if wanted(config.dataset) and shortage and not is_written(config, home):
         asked = "dataset.source=self_generated" if config.dataset.source == "self_generated" else f"dataset.generated={config.dataset.generated}"
         raise PreflightError(f"{asked} lets the whole teacher write, {shortage}: choose text of another source, or copy the home folder's texts/ from a machine where it fits")

@@ -1,4 +1,4 @@
-"""The cache of keys and values that a packed model generates with: four bits, or floats that grow in place.
+"""The cache of keys and values that a model generates with: four bits, or floats that grow in place.
 
 **Four bits** (`KV4Layer`, where the scheme says `kv_bits=4`). Each (token, head) vector of keys, after the rotary embedding, and of values is
 stored as codes, two in a byte, with an fp16 scale and an fp16 minimum: `4 + 32 / head_dim` bits an element, 4.5 at head size 64. Attention
@@ -6,7 +6,13 @@ gets floats made from them at each step. They are the floats that `kv_cache.fake
 text in one pass as it would have generated it token by token.
 
 **Floats** (`GrowingLayer`). transformers' own dynamic cache copies all keys and values for each new token; here a new token is written
-into room that was made for it, a quarter more than needed whenever it runs out.
+into room that was made for it, a quarter more than needed whenever it runs out, or all of it at once where the length is known beforehand
+(`roomy_cache`). A tensor that is one token longer at each step is also what a GPU's allocator keeps worst: no piece that was freed fits the
+next one, so pieces of every length pile up, until the device is full of them.
+
+**Grouped queries.** Attention of one new token makes such tensors too, in float32 where several query heads share keys: no fused kernel of
+torch takes both, and all keys and values are repeated for every query head first. `share_heads` lets the query heads of a group stand as
+queries of one head instead, which for a single token is the same sum and copies nothing.
 
 **Where they come from.** `install_cache` adds a hook to the decoder that puts these layers into the empty dynamic cache of a new
 generation. A cache that the caller filled, or of another kind (sliding windows, static, offloaded), is left as it is.
@@ -17,6 +23,7 @@ generation. A cache that the caller filled, or of another kind (sliding windows,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +33,15 @@ from lbllm_core.quant.kv_cache import CACHED, dequantize_kv, quantize_kv
 
 GROWTH = 4  # a full room is made anew with 1/4 more than is needed
 LEAST = 64  # tokens
+SHARED = "lbllm_shared_heads"  # the name under which transformers knows attention of `share_heads`
 
 
-def appended(held: Tensor, room: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """`held` with `new` behind it along dim -2, and its room. `held` is used in place when it is the beginning of `room`."""
+def appended(held: Tensor, room: Tensor, new: Tensor, least: int = LEAST) -> tuple[Tensor, Tensor]:
+    """`held` with `new` behind it along dim -2, and its room, of at least `least` tokens. `held` is used in place when it is the beginning of `room`."""
     seen, total = held.shape[-2], held.shape[-2] + new.shape[-2]
     fits = room.shape[-2] >= total and room.shape[:-2] == new.shape[:-2] and held.data_ptr() == room.data_ptr() and held.shape[:-2] == room.shape[:-2]
     if not fits:
-        grown = new.new_empty((*new.shape[:-2], max(LEAST, total + total // GROWTH), new.shape[-1]))
+        grown = new.new_empty((*new.shape[:-2], max(least, total + total // GROWTH), new.shape[-1]))
         if seen:
             grown[..., :seen, :] = held
         room = grown
@@ -48,7 +56,11 @@ def emptied(layer: Any) -> None:
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Float keys and values; a new token is written, not everything copied."""
+    """Float keys and values; a new token is written, not everything copied. `room`: tokens that there is room for at once."""
+
+    def __init__(self, room: int = LEAST, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.room = room
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append `(batch, heads, new, head_dim)`; all keys and values."""
@@ -56,8 +68,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
             self.key_room, self.value_room = self.keys, self.values
-        self.keys, self.key_room = appended(self.keys, self.key_room, key_states)
-        self.values, self.value_room = appended(self.values, self.value_room, value_states)
+        self.keys, self.key_room = appended(self.keys, self.key_room, key_states, self.room)
+        self.values, self.value_room = appended(self.values, self.value_room, value_states, self.room)
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -66,6 +78,49 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         emptied(self)
         for room in ("key_room", "value_room"):
             self.__dict__.pop(room, None)
+
+
+def roomy_cache(config: Any, tokens: int) -> Any:
+    """An empty dynamic cache for the transformers configuration, whose room for `tokens` tokens is made with the first of them.
+
+    A sliding window that is shorter than that stays transformers' own layer.
+    """
+    cache = DynamicCache(config=config)
+    made = []
+    for layer in cache.layers:
+        ours = type(layer) is DynamicLayer or (layer.is_sliding and layer.sliding_window >= tokens)
+        made.append(GrowingLayer(tokens) if ours else layer)
+        made[-1].is_sliding = layer.is_sliding  # decides which mask the block is given
+    cache.layers = made
+    return cache
+
+
+def sharing(standard: Callable[..., Any]) -> Callable[..., Any]:
+    """`standard` attention, where one unmasked query `(batch, heads, 1, head_dim)` meets `(batch, kv_heads, tokens, head_dim)` by groups of heads."""
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any) -> Any:
+        heads, groups = query.shape[1], key.shape[1]
+        if query.shape[2] != 1 or attention_mask is not None or heads == groups:
+            return standard(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        folded = query.reshape(query.shape[0], groups, heads // groups, query.shape[-1])
+        made = nn.functional.scaled_dot_product_attention(folded, key, value, scale=scaling)
+        return made.reshape(query.shape[0], 1, heads, value.shape[-1]), None
+
+    return attention
+
+
+def share_heads(model: Any) -> None:
+    """Let a transformers causal LM that attends with `sdpa`, and is not trained, generate without copies of keys and values; harmless to repeat."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    registry = AttentionInterface()
+    if model.config._attn_implementation != "sdpa":
+        return
+    if SHARED not in registry:
+        AttentionInterface.register(SHARED, sharing(registry["sdpa"]))
+        AttentionMaskInterface.register(SHARED, sdpa_mask)
+    model.config._attn_implementation = SHARED
 
 
 PARTS = ("keys", "key_scale", "key_low", "values", "value_scale", "value_low")

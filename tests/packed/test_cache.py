@@ -7,9 +7,10 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
-from lbllm_core.model.cache import GrowingLayer, KV4Layer, appended, cache_bytes
+from lbllm_core.model.cache import GrowingLayer, KV4Layer, appended, cache_bytes, roomy_cache, sharing
 from lbllm_core.model.packed_folder import load_packed, pack_student
 from lbllm_core.quant.kv_cache import dequantize_kv, fake_quantize_kv, quantize_kv
 
@@ -122,6 +123,35 @@ def test_room_grows_now_and_then():
         rooms.add(layer.key_room.data_ptr())
     assert len(rooms) <= 8
     assert layer.keys.shape == (1, 2, 200, 8)
+
+
+@pytest.mark.parametrize("window", [0, 8, 20, 40])
+def test_room_for_all_tokens_at_once(make_teacher, window):
+    """The same logits as with transformers' own cache, and one room; a window that is shorter stays transformers' own."""
+    teacher = make_teacher("mistral" if window else "llama")
+    if window:
+        teacher.config.sliding_window = window
+    own, _ = in_steps(teacher, IDS, [3, *[1] * 17], DynamicCache(config=teacher.config))
+    cache = roomy_cache(teacher.config, 20)
+    made, _ = in_steps(teacher, IDS, [3, *[1] * 17], cache)
+    assert torch.equal(made, own)
+    assert [type(layer) is GrowingLayer for layer in cache.layers] == [not 0 < window < 20] * 2
+    assert window == 8 or all(layer.key_room.shape[-2] == 20 for layer in cache.layers)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_heads_that_share_keys_attend_as_before(kv_heads):
+    g = torch.Generator().manual_seed(kv_heads)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4 // kv_heads, True
+    standard = AttentionInterface()["sdpa"]
+    for tokens, queries in ((1, 1), (7, 1), (7, 7)):
+        query, key, value = (torch.randn(3, heads, n, 16, generator=g) for heads, n in ((4, queries), (kv_heads, tokens), (kv_heads, tokens)))
+        for mask in (None, torch.ones(3, 1, queries, tokens, dtype=torch.bool).tril(tokens - queries)):
+            wanted, _ = standard(module, query, key, value, mask, scaling=0.3)
+            made, _ = sharing(standard)(module, query, key, value, mask, scaling=0.3)
+            assert made.shape == wanted.shape == (3, queries, 4, 16)
+            assert (made - wanted).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("kind", [GrowingLayer, KV4Layer])

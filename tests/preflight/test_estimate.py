@@ -158,9 +158,12 @@ def test_text_of_a_teacher_that_does_not_fit_is_refused(seven_b: Shapes, monkeyp
     config = dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, **values))
     found, written = estimate(config, seven_b, RATES, True), []
     monkeypatch.setattr(self_generated, "is_written", lambda *_: bool(written))
-    with pytest.raises(PreflightError, match=r"whole teacher write, which needs about 27\.0 GB of device memory, and 20\.0 GB are there"):
-        preflight.require_whole(config, found, Limits(10**12, 10**12, 20 * 10**9, 20 * 10**9, 10**13), Path("unused"))
+    with pytest.raises(PreflightError, match=r"whole teacher write, which needs about 29\.1 GB of device memory, and 28\.0 GB are there"):  # 27.0 hold the teacher alone
+        preflight.require_whole(config, found, Limits(10**12, 10**12, 28 * 10**9, 28 * 10**9, 10**13), Path("unused"))
     preflight.require_whole(config, found, Limits(10**12, 10**12, 40 * 10**9, 40 * 10**9, 10**13), Path("unused"))
+    on_cpu = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, device="cpu", streaming="off"))
+    with pytest.raises(PreflightError, match=r"whole teacher write, which needs about 61\.\d GB of host memory, and 60\.0 GB are there"):  # a batch of 16
+        preflight.require_whole(on_cpu, estimate(on_cpu, seven_b, RATES, False), Limits(60 * 10**9, 60 * 10**9, 0, 0, 10**13), Path("unused"))
     written.append(1)
     preflight.require_whole(config, found, Limits(10**12, 10**12, 20 * 10**9, 20 * 10**9, 10**13), Path("unused"))
 
