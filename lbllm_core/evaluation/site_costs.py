@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=0, help="the first ones of the protocol; 0: all")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--name", default="", help="what the model is called in the records (default: its folder)")
-    parser.add_argument("--out", type=Path, default=Path("results/site_costs.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/site_costs_cpu.json"))
     chosen = parser.parse_args(arguments)
     try:
         folder = packed_folder(home_folder(), chosen.model_dir)

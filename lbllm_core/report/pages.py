@@ -20,6 +20,7 @@ from typing import Any
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
 from lbllm_core.report.ablation_tables import ablation_tables, panels
+from lbllm_core.report.block_errors import errors_table, site_costs_table
 from lbllm_core.report.fault_tables import fault_table
 from lbllm_core.report.kernel_tables import model_table, peers_table, product_table
 from lbllm_core.report.method_tables import PROTOCOLS, method_table, zero_shot_table
@@ -125,6 +126,8 @@ TABLES: Mapping[str, Source] = MappingProxyType(
         "kernels_cpu": _of("kernels_cpu.json", product_table, "torch_fp32"),
         "decode_h200": _of("decode_h200.json", model_table),
         "decode_h100": _of("decode_h100.json", model_table),
+        "errors": _of("errors_cpu.json", errors_table),
+        "site_costs": _of("site_costs_cpu.json", site_costs_table),
         "faults": _of("faults.json", fault_table),
         "scale_h200": _of("scale_h200.json", scale_table),
         "scale_h100": _of("scale_h100.json", scale_table),

@@ -92,6 +92,16 @@ def test_two_processes_are_one_with_the_same_batches(stage, home, tmp_path, monk
         assert figures[1]["loss_after"] == pytest.approx(figures[0]["loss_after"], rel=1e-2)
 
 
+def test_two_processes_smooth_keys_with_averaged_gradients(home, tmp_path):
+    """Each lays its own sequences over the positions, so the transforms are near, not equal."""
+    four = replace(CONFIG, scheme=replace(CONFIG.scheme, kv_bits=4))
+    folders = [run(replace(four, hardware=c.hardware), "ptq_init", tmp_path, home, name)[1] for c, name in ((CONFIG, "one"), (TWO, "two"))]
+    one, two = (Ledger(folder).figures(0) for folder in folders)
+    assert 0 < one["key_error_left"] < 1
+    assert two["key_error_left"] == pytest.approx(one["key_error_left"], rel=0.1)
+    assert two["weight_error/self_attn.k_proj"] == pytest.approx(one["weight_error/self_attn.k_proj"], rel=0.1)
+
+
 def children_of(process):
     """Process ids below one, from /proc."""
     found = []
