@@ -317,6 +317,12 @@ WORK: Any = MappingProxyType({
 })  # fmt: skip
 
 
+def gpu_word() -> str:
+    """`h200` of `NVIDIA H200`, `h100` of `NVIDIA H100 80GB HBM3`; `cpu` without a GPU."""
+    words = torch.cuda.get_device_name(0).lower().split() if torch.cuda.is_available() else ["cpu"]
+    return next((word for word in words if any(letter.isdigit() for letter in word)), words[-1])
+
+
 def cells(records: Sequence[Record]) -> Cells:
     """One line a record."""
     lines = [["figure", "shape", "what", "value", "unit"]]
@@ -339,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tier", choices=("device", "host", "disk"), default="host", help="where hidden states lie")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp8"), default="bf16", help="how they are kept")
     parser.add_argument("--scratch", type=Path, help="folder for weights and streams (default: a temporary one)")
-    parser.add_argument("--out", type=Path, default=Path("results/scale_h100.json"))
+    parser.add_argument("--out", type=Path, help="results file (default: results/scale_h200.json on an H200, and so on)")
     parser.add_argument("--again", action="store_true", help="measure sections that the file has already")
     chosen = parser.parse_args(arguments)
     try:
@@ -361,7 +367,8 @@ def _measured(chosen: argparse.Namespace, given: str) -> int:
     if not on_gpu and chosen.shape != "tiny":
         raise DataError("this machine has no usable GPU; --shape tiny rehearses the command without one")
     hardware = Hardware(torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if on_gpu else torch.float32)
-    out = chosen.out if chosen.shape != "tiny" or chosen.out.parent.name != "results" else Path(tempfile.gettempdir()) / "scale_rehearsal.json"
+    out = chosen.out or Path("results") / f"scale_{gpu_word()}.json"
+    out = out if chosen.shape != "tiny" or out.parent.name != "results" else Path(tempfile.gettempdir()) / "scale_rehearsal.json"
     done = {r.get("section") for r in read_results(out)["records"]} if out.exists() and not chosen.again else set()
     scratch = chosen.scratch or Path(tempfile.mkdtemp(prefix="lbllm-scale-"))
     tokens = 2048 if chosen.shape != "tiny" else 64

@@ -195,7 +195,7 @@ def _ptq_init(c: RunConfig, s: Shapes) -> Work:
     if estimate_large.suits(c, s) and c.scheme.level_mode == "explicit":
         made = estimate_large.ptq_init(c, s)
         converted = 4.0 * s.parameters * s.converted
-        return replace(made, hashed=converted, disk=made.disk + converted)
+        return replace(made, hashed=made.hashed + converted, disk=made.disk + converted)
     tokens, stream, passed = streams(c, s, c.ptq_init.sequences)
     sides = site_sides(s)
     moments = sum(side * side for side in sides)
