@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     about = {"model": chosen.name or folder.parent.name, "windows": chosen.windows}
     records = [{"name": name, "value": value, "unit": "1", "stderr": error, "sites": choice, **about} for choice, (value, error) in found.items()]
-    write_results(chosen.out, "python -m lbllm_core.evaluation.site_costs", records)
+    write_results(chosen.out, f"python -m lbllm_core.evaluation.site_costs --protocol {chosen.protocol} --windows {chosen.windows}", records)
     print(f"written: {chosen.out}")
     return 0
 
