@@ -181,17 +181,25 @@ class Memory(TorchDispatchMode):
 
 
 @pytest.fixture
-def grouped(tiny_teacher):
-    """A copy of tiny that attends as on a GPU."""
+def plain(tiny_teacher):
+    """A copy of tiny that attends as it was loaded: other tests may have given the shared one a 4-bit cache."""
     model = copy.deepcopy(tiny_teacher.model)
+    model.config._attn_implementation = "sdpa"
+    return model
+
+
+@pytest.fixture
+def grouped(plain):
+    """A copy of tiny that attends as on a GPU."""
+    model = copy.deepcopy(plain)
     share_heads(model)
     assert model.config._attn_implementation == SHARED
     return model
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_wave_takes_the_bytes_that_it_is_planned_with(tiny_teacher, grouped, device: str) -> None:
-    model = grouped if device == "cuda" else tiny_teacher.model
+def test_a_wave_takes_the_bytes_that_it_is_planned_with(plain, grouped, device: str) -> None:
+    model = grouped if device == "cuda" else plain
     shapes, length = architecture_shapes(model.config, 0), 300
     allowed = torch.ones(shapes.vocabulary, dtype=torch.bool)
     with Memory() as seen:
