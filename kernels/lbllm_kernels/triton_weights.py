@@ -127,11 +127,11 @@ def _pair_difference(source, at, inside, a, b, c, d):
 
 @triton.jit
 def _polarizing(bitmap_value, beta, weight):
-    """Derivative of `weight * (1 - |2 G - 1|^beta)`."""
+    """Derivative of `weight * (1 - |2 G - 1|^beta)^2`; 0 at one half."""
     t = 2.0 * bitmap_value - 1.0
     size = tl.abs(t)
     power = tl.where(size > 0.0, tl.exp2((beta - 1.0) * tl.log2(tl.maximum(size, 1e-30))), 0.0)
-    return tl.where(t < 0.0, 2.0, -2.0) * weight * beta * power
+    return tl.where(t < 0.0, 4.0, -4.0) * weight * beta * power * (1.0 - power * size)
 
 
 @triton.jit

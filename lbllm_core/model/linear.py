@@ -278,6 +278,7 @@ class _Bits(torch.autograd.Function):
         return grad, grad * difference, _sums_by_code(grad, codes)
 
 
+SMALLEST = 1e-30  # what a power is taken of instead of zero
 PAIRINGS = {"low_high": [0, 1, 2, 3], "outer_inner": [0, 3, 1, 2]}  # of sorted levels, by 2 s + b; b is the larger of its pair
 
 
@@ -300,8 +301,9 @@ class LatentBitmapWeight(nn.Module):
         return join_groups(_Bits.apply(grouped, self.bitmap, self.levels * self.unit), self.columns)  # type: ignore[no-untyped-call]
 
     def polarization(self, beta: Tensor | float) -> Tensor:
-        """`mean(1 - |2 G - 1|^beta)`: zero where every bitmap entry has decided (eq. 6)."""
-        return (1 - (2 * self.bitmap.clamp(0, 1) - 1).abs().pow(beta)).mean()
+        """`mean((1 - |2 G - 1|^beta)^2)`: zero where every bitmap entry has decided (eq. 6). Its slope at one half, infinite below beta = 1, counts as 0."""
+        size = (2 * self.bitmap.clamp(0, 1) - 1).abs()
+        return (1 - size.clamp_min(SMALLEST).pow(beta)).square().mean()
 
     @torch.no_grad()
     def constrain(self) -> None:

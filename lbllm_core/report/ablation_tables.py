@@ -25,7 +25,6 @@ SAME_RUN: tuple[tuple[str, ...], ...] = (
      "ablation_snap_on", "ablation_stage4_on", "ablation_target_teacher", "ablation_wat_all"),
     ("ablation_beta_annealed", "ablation_bitmap_start_soft", "ablation_pairing_low_high", "ablation_wat_latent_all"),
     ("ablation_group_size_064", "ablation_levels_explicit_g64"),
-    ("ablation_stage4_off", "ablation_stages_wat_aar"),
 )  # fmt: skip
 BITS = "effective_bpw"
 Figures = Mapping[str, Mapping[int, float]]  # figure -> seed -> value

@@ -27,7 +27,8 @@ from lbllm_core.quant.activation_histogram import histogram
 
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)
 KNEES = (0.15, 0.25, 0.4, 0.55)
-SEARCH_TOKENS = 512
+SEARCH_TOKENS = 1024
+SEARCH_SEQUENCES = 16  # that they come from
 
 
 def learning_rates(config: ActQuantConfig) -> LearningRates:
@@ -41,9 +42,9 @@ def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config:
     samples: dict[str, Tensor] = {}
     untrained = start
     if scheme.act_bits == 4:
-        samples = _site_inputs(job, build_block(job.teacher_block, BlockState(start.linears, start.norms, start.biases), "fixed", scheme.kv_bits, dtype=pass_type(job.hardware)))
+        samples = site_inputs(job, start, scheme)
         untrained = replace(start, sites={site: ActFactors(scheme.act_variant, group_size=_channels(scheme)) for site in samples})
-        start = replace(start, sites=search_factors(job, start, scheme))
+        start = replace(start, sites=search_factors(job, start, scheme, samples))
     before = error_on_sample(job, build_block(job.teacher_block, untrained, "fixed", scheme.kv_bits, dtype=pass_type(job.hardware)))
     block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.trained_family)
     plan = TrainingPlan(
@@ -57,16 +58,46 @@ def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config:
 
 
 @torch.no_grad()
-def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig) -> dict[str, ActFactors]:
-    """Clips (and knees, or planes) of each site that lose least on a sample of its inputs, by grid search."""
-    samples = _site_inputs(job, build_block(job.teacher_block, BlockState(state.linears, state.norms, state.biases), "fixed", scheme.kv_bits, dtype=pass_type(job.hardware)))
+def site_inputs(job: BlockJob, state: BlockState, scheme: SchemeConfig) -> dict[str, Tensor]:
+    """A sample of the inputs of each site, `(SEARCH_TOKENS, channels)` or a little more: tokens at even distances, of sequences at even distances.
+
+    The first token of a sequence, whose activations are those of no other, is left out. Activations before the sites are not quantized.
+    """
+    block = build_block(job.teacher_block, BlockState(state.linears, state.norms, state.biases), "fixed", scheme.kv_bits, dtype=pass_type(job.hardware))
+    sequences = evenly(len(job.inputs), SEARCH_SEQUENCES)
+    found: dict[str, list[Tensor]] = {site: [] for site in SITES}
+    handles = []
+    for site in SITES:
+
+        def collect(_: nn.Module, arguments: tuple[Tensor, ...], site: str = site) -> None:
+            x = arguments[0][0, 1:]
+            found[site].append(x[evenly(len(x), -(-SEARCH_TOKENS // len(sequences)))].float())
+
+        handles.append(block.get_submodule(linears_of_site(site)[0]).register_forward_pre_hook(collect))
+    try:
+        for i in sequences:
+            job.run(block, job.inputs[slice(i, i + 1)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site: torch.cat(parts) for site, parts in found.items()}
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """Up to `count` different places of `range(length)` at even distances, the first and the last among them."""
+    return torch.linspace(0, length - 1, min(count, length)).round().int().tolist()
+
+
+@torch.no_grad()
+def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig, samples: dict[str, Tensor]) -> dict[str, ActFactors]:
+    """Clips (and knees, or planes) of each site that lose least on a sample `(tokens, channels)` of its inputs, by grid search."""
     knees = KNEES if scheme.act_variant == "piecewise" else (0.25,)
     found: dict[str, ActFactors] = {}
     for site, x in samples.items():
         found[site], best_error = ActFactors(scheme.act_variant), float("inf")
         outliers = state.linears[linears_of_site(site)[0]].outliers
         if outliers is not None:  # they have codes of their own
-            x[:, outliers.channels.long().to(x.device)] = 0
+            x = x.index_fill(1, outliers.channels.long().to(x.device), 0)
         for clip, knee in itertools.product(CLIPS, knees):
             planes = fit_planes(x, clip) if scheme.act_variant == "planes" else POWERS_OF_TWO
             factors = ActFactors(scheme.act_variant, clip, clip, knee, knee, scheme.act_group_size if scheme.act_variant == "per_group" else 0, planes)
@@ -83,23 +114,3 @@ def _channels(scheme: SchemeConfig) -> int:
 
 def _numbers(f: ActFactors) -> list[float]:
     return [f.clip_max, f.clip_min, f.knee_low, f.knee_high]
-
-
-def _site_inputs(job: BlockJob, block: nn.Module) -> dict[str, Tensor]:
-    """A sample of the inputs of each site, `(SEARCH_TOKENS, channels)`, first tokens left out."""
-    sequences = max(1, min(len(job.inputs), 2 * SEARCH_TOKENS // job.inputs.shape[1]))
-    found: dict[str, Tensor] = {}
-    handles = []
-    for site in SITES:
-
-        def collect(_: nn.Module, arguments: tuple[Tensor, ...], site: str = site) -> None:
-            x = arguments[0][:, 1:].flatten(0, 1).float()
-            found[site] = x[:: max(1, len(x) // SEARCH_TOKENS)][:SEARCH_TOKENS].clone()
-
-        handles.append(block.get_submodule(linears_of_site(site)[0]).register_forward_pre_hook(collect))
-    try:
-        job.run(block, job.inputs[slice(0, sequences)])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

@@ -298,7 +298,8 @@ def _with_codebook(
     fitted = w[:, : w.shape[1] - scheme.outlier_channels]
     unit = torch.maximum(fitted.square().mean(1, keepdim=True).sqrt(), fitted.abs().amax(1, keepdim=True) / LARGEST).clamp_min(1e-12)
     grouped = split_groups(fitted / unit, scheme.group_size)
-    weight = split_groups(importance[None, : fitted.shape[1]], scheme.group_size) * unit[:, :, None].square() / unit.square().mean()
+    padded = nn.functional.pad(importance[: fitted.shape[1]], (0, -fitted.shape[1] % scheme.group_size))  # what fills a short last group counts for nothing
+    weight = padded.view(1, -1, scheme.group_size) * unit[:, :, None].square() / unit.square().mean()
     flat, flat_weight = grouped.flatten(0, 1), weight.expand_as(grouped).flatten(0, 1)
     flat, flat_weight = _sample(flat, flat_weight, config.codebook_sample, generator)
     table = fit_codebook(flat, flat_weight, scheme.codebook_size, config.codebook_rounds, config.codebook_shortlist, generator, scheme.level_family == "affine")

@@ -20,7 +20,7 @@ from lbllm_core.engine.train_block import TrainingPlan, train_block
 from lbllm_core.model.linear import LearningRates
 from lbllm_core.model.student import BlockState
 from lbllm_core.model.student_block import Mode, build_block, read_state
-from lbllm_core.stages.act_quant import search_factors
+from lbllm_core.stages.act_quant import search_factors, site_inputs
 
 
 def learning_rates(config: WeightDistillConfig) -> LearningRates:
@@ -43,7 +43,7 @@ def distill_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config
     if config.parameterization == "latent":
         mode = "latent_soft" if config.bitmap_start == "soft" else "latent_hard"
     if config.joint and scheme.act_bits == 4:
-        start = replace(start, sites=search_factors(job, start, scheme))
+        start = replace(start, sites=search_factors(job, start, scheme, site_inputs(job, start, scheme)))
     kv_bits = scheme.kv_bits if config.joint else 16
     before = error_on_sample(job, build_block(job.teacher_block, start, "fixed", kv_bits, dtype=pass_type(job.hardware)))  # gone before the student comes
     block = build_block(job.teacher_block, start, mode, kv_bits, scheme.trained_family, config.pairing)

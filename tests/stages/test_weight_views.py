@@ -228,6 +228,21 @@ def test_polarization(beta):
     with torch.no_grad():
         soft.bitmap.fill_(0.5)
     assert float(soft.polarization(beta).detach()) == 1
+    with torch.no_grad():
+        soft.bitmap.fill_(0.75)
+    assert float(soft.polarization(beta).detach()) == pytest.approx((1 - 0.5**beta) ** 2)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.9, 0.1, 0.0])
+def test_polarization_as_printed_has_a_slope_everywhere(beta):
+    """The published beta falls from 1 to 0; below 1 the slope at one half is infinite."""
+    w = latent_of(8, 64)
+    view = LatentBitmapWeight(explicit(w, 16), w, soft=True)
+    with torch.no_grad():
+        view.bitmap[0] = 0.5
+    view.polarization(torch.tensor(beta)).backward()
+    assert bool(view.bitmap.grad.isfinite().all())
+    assert bool((view.bitmap.grad[0] == 0).all())
 
 
 def state_of(block, mode, size=16):

@@ -192,22 +192,23 @@ RATES = {"weight": 1e-3, "levels": 2e-3, "row_scale": 2e-3}
 
 @inside
 @pytest.mark.parametrize(
-    ("mode", "level_mode", "rates", "polarize"),
+    ("mode", "level_mode", "rates", "polarize", "beta"),
     [
-        ("nearest", "explicit", RATES, 0.0),
-        ("nearest", "codebook", RATES, 0.0),
-        ("frozen", "explicit", {"levels": 2e-3, "row_scale": 2e-3}, 0.0),
-        ("latent_soft", "explicit", RATES | {"bitmap": 1e-2}, 0.0),
-        ("latent_soft", "explicit", RATES | {"bitmap": 1e-2}, 0.3),
-        ("latent_hard", "explicit", RATES, 0.0),
+        ("nearest", "explicit", RATES, 0.0, 20.0),
+        ("nearest", "codebook", RATES, 0.0, 20.0),
+        ("frozen", "explicit", {"levels": 2e-3, "row_scale": 2e-3}, 0.0, 20.0),
+        ("latent_soft", "explicit", RATES | {"bitmap": 1e-2}, 0.0, 20.0),
+        ("latent_soft", "explicit", RATES | {"bitmap": 1e-2}, 0.3, 20.0),
+        ("latent_soft", "explicit", RATES | {"bitmap": 1e-2}, 0.3, 0.5),
+        ("latent_hard", "explicit", RATES, 0.0, 20.0),
     ],
 )
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_the_step_is_that_of_plain_autograd(mode, level_mode, rates, polarize, clip):
+def test_the_step_is_that_of_plain_autograd(mode, level_mode, rates, polarize, beta, clip):
     job, target = small_job()
     scheme = SchemeConfig(level_mode=level_mode, group_size=16, codebook_size=16, act_bits=16)
     start, _ = quantize_block(job, scheme, PtqInitConfig(), 0)
-    plan = TrainingPlan(LearningRates(**rates), 1, 4, 0.05, clip, 0, polarize)
+    plan = TrainingPlan(LearningRates(**rates), 1, 4, 0.05, clip, 0, polarize, beta)
     blocks, losses = [], []
     for fused in (False, True):
         block = build_block(job.teacher_block, start, mode)
@@ -216,7 +217,7 @@ def test_the_step_is_that_of_plain_autograd(mode, level_mode, rates, polarize, c
         if fused:
             assert latent_step.tiled(block)
             pieces.size = 2  # and in micro-batches
-            update = LatentStep(block, groups, pieces._pieces, lambda b=block: constrain(b), clip, torch.float32, polarize)
+            update = LatentStep(block, groups, pieces._pieces, lambda b=block: constrain(b), clip, torch.float32, polarize, (beta, 2.0))
         else:
             update = RecordedStep(groups, pieces._gradients, lambda b=block: constrain(b), clip, torch.device("cpu"))
         progress = torch.zeros(())
