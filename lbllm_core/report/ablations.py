@@ -22,7 +22,7 @@ PREFIX = "ablation_"
 # family -> (title, the variants in the order of the table; others follow by name)
 FAMILIES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
-        "stages": ("Stages", ("init", "wat", "wat_aar")),
+        "stages": ("Stages", ("init", "wat", "wat_aar", "end_to_end")),
         "wat": ("What stage 2 (WAT) trains", ("levels", "weights", "all", "latent_frozen_bitmap", "latent_all")),
         "aar": ("What stage 3 (AAR) trains", ("none", "levels", "clips", "both")),
         "init": ("How stage 1 begins", ("rtn", "em")),

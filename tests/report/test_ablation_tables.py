@@ -27,8 +27,9 @@ RECORDS = [
     *row("ablation_data_size_128", (44.0, 81.0, 63.0), effective_bpw=2.25),
     *row("ablation_data_size_008", (80.0, 200.0, 300.0)),
     *row("ablation_data_size_008", (9999.0, 1.0, 1.0), of_row="stage1"),
-    *row("ablation_stages_wat", (50.0, 100.0)),
-    *row("ablation_stage4_off", (60.0, 90.0, 75.0)),
+    *row("ablation_group_size_032", (50.0, 100.0)),
+    *row("ablation_levels_explicit_g64", (60.0, 90.0, 75.0)),
+    *row("ablation_stage4_off", (70.0, 95.0, 85.0)),
     *row("ablation_wat_levels", (140.0, 161.0, 121.0)),
     *row("ablation_mine_own", (41.0, 80.0, 60.0)),
     *row(RECIPE, (40.0, 80.0, 60.0)),
@@ -49,8 +50,8 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 def test_families_in_order_with_the_recipe_in_each() -> None:
     found = tables(ablation_tables(RECORDS, MODEL))
     assert list(found) == [
-        "**Stages**, `ablation_stages_*`", "**What stage 2 (WAT) trains**, `ablation_wat_*`", "**Stage 4, end to end**, `ablation_stage4_*`",
-        "**Calibration sequences**, `ablation_data_size_*`", "**mine**, `ablation_mine_*`",
+        "**What stage 2 (WAT) trains**, `ablation_wat_*`", "**Levels: stored, from a table, and the controls**, `ablation_levels_*`",
+        "**Group size, stored levels**, `ablation_group_size_*`", "**Stage 4, end to end**, `ablation_stage4_*`", "**Calibration sequences**, `ablation_data_size_*`", "**mine**, `ablation_mine_*`",
     ]  # fmt: skip
     assert {lines[0][0].partition(":")[0] for lines in found.values()} == {"recipe"}
     assert {tuple(lines[0][1:]) for lines in found.values()} == {("2.500", "40.00", "80.00", "60.00")}
@@ -64,19 +65,19 @@ def test_values_lie_beside_their_difference_from_the_recipe() -> None:
 
 def test_a_run_with_two_names_has_a_line_under_both_and_the_recipe_none() -> None:
     found = tables(ablation_tables(RECORDS, MODEL))
-    stages = found["**Stages**, `ablation_stages_*`"]
-    assert [line[0] for line in stages] == ["recipe", "wat", "wat aar (as stage4: off)"]
-    assert stages[1][2:] == ["50.00 (+25.0 %)", "100.00 (+25.0 %)", ""], "what was not measured is empty"
-    assert stages[2][2:] == ["60.00 (+50.0 %)", "90.00 (+12.5 %)", "75.00 (+25.0 %)"]
+    sizes = found["**Group size, stored levels**, `ablation_group_size_*`"]
+    assert [line[0] for line in sizes] == ["recipe", "064 (as levels: explicit g64)", "032"]
+    assert sizes[2][2:] == ["50.00 (+25.0 %)", "100.00 (+25.0 %)", ""], "what was not measured is empty"
+    assert sizes[1][2:] == ["60.00 (+50.0 %)", "90.00 (+12.5 %)", "75.00 (+25.0 %)"]
     assert [line[0] for line in found["**Stage 4, end to end**, `ablation_stage4_*`"]] == ["recipe: on", "off"]
     assert [line[0] for line in found["**What stage 2 (WAT) trains**, `ablation_wat_*`"]] == ["recipe: all", "levels"]
 
 
 def test_a_variant_that_was_measured_itself_stands_for_itself() -> None:
-    again = [*RECORDS, *row("ablation_stage4_on", (40.5, 80.5, 60.5)), *row("ablation_stages_wat_aar", (61.0, 91.0, 76.0))]
+    again = [*RECORDS, *row("ablation_stage4_on", (40.5, 80.5, 60.5)), *row("ablation_group_size_064", (61.0, 91.0, 76.0))]
     found = tables(ablation_tables(again, MODEL))
     assert [line[0] for line in found["**Stage 4, end to end**, `ablation_stage4_*`"]] == ["recipe", "off", "on"]
-    assert found["**Stages**, `ablation_stages_*`"][2][:3] == ["wat aar", "2.500", "61.00 (+52.5 %)"]
+    assert found["**Group size, stored levels**, `ablation_group_size_*`"][1][:3] == ["064", "2.500", "61.00 (+52.5 %)"]
 
 
 def test_teacher_and_seeds_are_told_once() -> None:
@@ -100,7 +101,7 @@ def test_panels_hold_the_same_variants() -> None:
     made, recipe = panels(RECORDS, MODEL)
     assert recipe == 40.0
     assert dict(made)["Calibration sequences"] == [("008", 80.0), ("128", 44.0)]
-    assert dict(made)["Stages"] == [("wat", 50.0), ("wat aar", 60.0)]
+    assert dict(made)["Group size, stored levels"] == [("064", 60.0), ("032", 50.0)]
 
 
 @pytest.mark.parametrize(("heights", "columns"), [([1, 1, 1, 1], [[0, 1], [2, 3]]), ([5, 1, 1, 1], [[0], [1, 2, 3]]), ([1, 1, 6], [[0, 1], [2]]), ([2], [[0]])])
