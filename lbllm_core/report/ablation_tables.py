@@ -1,7 +1,8 @@
 """The ablations of docs/results.md from `results/ablations_*.json`: a table a family, each line a variant beside the recipe that it changes.
 
 The experiments are `ablation_<family>_<variant>`, laid over the recipe `method_ablations` (`base=method_ablations`). Only a run's final
-row counts: bits a weight, the perplexities of the packed model, and how far each lies from the recipe's own, in per cent.
+row counts: bits a weight, the perplexities of the packed model, and how far each lies from the first line of its table, in per cent. That line is
+the recipe's own, but for families that change more than their title says (`MEASURED_FROM`): theirs is the run that differs by the title alone.
 
 Some of these files mean the same run once they lie over that recipe (`SAME_RUN`), and such a run is measured once. A variant that is the
 recipe itself has no line: the recipe's line bears its name. A variant that is another family's variant has a line that says so.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lbllm_core.report.ablations import FAMILIES, family_of
 from lbllm_core.report.method_tables import PROTOCOLS, spread
@@ -26,6 +28,18 @@ SAME_RUN: tuple[tuple[str, ...], ...] = (
     ("ablation_beta_annealed", "ablation_bitmap_start_soft", "ablation_pairing_low_high", "ablation_wat_latent_all"),
     ("ablation_group_size_064", "ablation_levels_explicit_g64"),
 )  # fmt: skip
+# What the variants of a family are compared with where that is not the recipe: the rest of what they change is in it too.
+MEASURED_FROM: Mapping[str, str] = MappingProxyType(
+    {
+        "init": "ablation_init_em",  # stored levels, no smoothing
+        "group_size": "ablation_levels_explicit_g64",
+        "beta": "ablation_beta_annealed",  # stored levels, latent weight and bitmap
+        "bitmap_start": "ablation_beta_annealed",
+        "pairing": "ablation_beta_annealed",
+        "data_source": "ablation_data_size_128",
+        "joint": "ablation_stages_wat_aar",  # no stage 4
+    }
+)
 BITS = "effective_bpw"
 Figures = Mapping[str, Mapping[int, float]]  # figure -> seed -> value
 
@@ -41,11 +55,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Family:
-    """One ablation: its title, the word its experiments begin with, which variant the recipe is (empty: none), and the other variants in order."""
+    """One ablation: its title, the word its experiments begin with, the line that the others are compared with (no figures: it was not measured), and those."""
 
     title: str
     prefix: str
-    recipe_is: str
+    first: Variant
     variants: tuple[Variant, ...]
 
 
@@ -72,12 +86,16 @@ def families(figures: Mapping[str, Figures]) -> list[Family]:
     made = []
     for family in [*(f for f in FAMILIES if f in members), *sorted(set(members) - set(FAMILIES))]:
         title, order = FAMILIES.get(family, (family, ()))
+        base = MEASURED_FROM.get(family, RECIPE)
+        base = runs.get(base, base)
         variants = sorted(members[family], key=lambda v: (order.index(v) if v in order else len(order), v))
-        lines = [Variant(words_of(v, family), figures[run], "" if family_of(run) == (family, v) else run) for v in variants for run in [members[family][v]] if run != RECIPE]
+        of, own = family_of(base)
+        is_called = ", ".join(words_of(v, family) for v in variants if members[family][v] == base)
+        name = (f"recipe: {is_called}" if is_called else "recipe") if base == RECIPE else is_called or f"{of.replace('_', ' ')}: {words_of(own, of)}"
+        lines = [Variant(words_of(v, family), figures[run], "" if family_of(run) == (family, v) else run) for v in variants for run in [members[family][v]] if run not in (base, RECIPE)]
         if lines:
-            recipe_is = ", ".join(words_of(v, family) for v in variants if members[family][v] == RECIPE)
             prefix = f"ablation_{family}" + ("_*" if any(variants) else "")
-            made.append(Family(title, prefix, recipe_is, tuple(lines)))
+            made.append(Family(title, prefix, Variant(name, figures.get(base, {})), tuple(lines)))
     return made
 
 
@@ -89,19 +107,19 @@ def words_of(variant: str, family: str) -> str:
 def ablation_tables(records: Sequence[Record], model: str) -> str:
     """Markdown: the teacher and the number of seeds once, then a table a family with the recipe as its first line."""
     figures = figures_of(records, model)
-    recipe, teacher = figures.get(RECIPE, {}), figures.get("", {})
+    teacher = figures.get("", {})
     seeds = sorted({seed for experiment, found in figures.items() if experiment for name in found for seed in found[name]})
     top = ", ".join(f"{_text(name)} {next(iter(teacher[name].values())):.2f}" for name in PROTOCOLS if name in teacher)
     head = f"Teacher: {top}. " if top else ""
     head += f"One seed ({seeds[0]}) a line." if len(seeds) == 1 else f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; a line without ± is one seed."
-    made = [f"{head} In brackets: the difference from the recipe, `{RECIPE}`.\n"]
+    made = [f"{head} In brackets: the difference from the first line of the table.\n"]
     for family in families(figures):
         cells: Cells = [["", "bits a weight", *(_text(name) for name in PROTOCOLS)]]
-        if recipe:
-            cells.append(_line(f"recipe: {family.recipe_is}" if family.recipe_is else "recipe", recipe, {}))
+        if family.first.figures:
+            cells.append(_line(family.first.name, family.first.figures, {}))
         for variant in family.variants:
             of, name = family_of(variant.run_as)
-            cells.append(_line(variant.name + (f" (as {of}: {words_of(name, of)})" if variant.run_as else ""), variant.figures, recipe))
+            cells.append(_line(variant.name + (f" (as {of}: {words_of(name, of)})" if variant.run_as else ""), variant.figures, family.first.figures))
         made.append(f"**{family.title}**, `{family.prefix}`\n\n{markdown(cells)}")
     return "\n".join(made)
 
@@ -129,5 +147,6 @@ def panels(records: Sequence[Record], model: str, protocol: str = PROTOCOLS[0]) 
     """What `plots.dot_panels` draws: a family's title with the perplexity of each variant, and the recipe's perplexity."""
     figures = figures_of(records, model)
     recipe = figures.get(RECIPE, {}).get(protocol)
-    made = [(f.title, [(v.name, statistics.fmean(v.figures[protocol].values())) for v in f.variants if protocol in v.figures]) for f in families(figures)]
+    drawn = [(f.title, [*f.variants] if f.first.figures == figures.get(RECIPE) else [f.first, *f.variants]) for f in families(figures)]
+    made = [(title, [(v.name, statistics.fmean(v.figures[protocol].values())) for v in variants if protocol in v.figures]) for title, variants in drawn]
     return [(title, dots) for title, dots in made if dots], statistics.fmean(recipe.values()) if recipe else None
