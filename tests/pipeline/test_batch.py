@@ -148,5 +148,35 @@ def test_a_file_that_is_no_configuration_starts_nothing(home: Path, tmp_path: Pa
     monkeypatch.setattr(batch, "start", stand_ins(tmp_path / "record.json", {}, started))
     (tmp_path / "broken.json").write_text("{")
     assert main(["--home", str(home), "--record", str(tmp_path / "record.json"), *configs(tmp_path, fine={}), str(tmp_path / "broken.json")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'broken.json'} cannot be read as JSON" in told
+    assert "fine.json" not in told
     assert not started
+
+
+def test_two_runs_of_one_name_are_refused_before_anything_starts(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would share a log and rows, and the one that failed could be told as done."""
+    started, record = list[Any](), tmp_path / "record.json"
+    monkeypatch.setattr(batch, "start", stand_ins(record, {"run": AT_ONCE}, started))
+    asked = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        asked += configs(tmp_path / folder, run={})
+    assert main(["--home", str(home), "--record", str(record), *asked]) == 2
+    told = capsys.readouterr().err
+    assert all(path in told for path in asked)
+    assert "rename one" in told
+    assert main(["--home", str(home), "--record", str(record), asked[0], str(tmp_path / "a" / ".." / "a" / "run.json")]) == 2
+    assert "given twice; leave one out" in capsys.readouterr().err
+    assert not started
+    assert not record.exists()
+
+
+def test_a_record_that_cannot_be_written_is_told_as_that(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results").write_text("a file where a folder should be")
+    record = tmp_path / "results" / "method.json"
+    monkeypatch.setattr(batch, "start", stand_ins(record, {"first": AT_ONCE}, []))
+    assert main(["--home", str(home), "--record", str(record), *configs(tmp_path, first={})]) == 1
+    told = capsys.readouterr().err
+    assert str(tmp_path / "results") in told
+    assert "configuration" not in told
