@@ -27,7 +27,7 @@ import torch
 from lbllm_core.engine.artifacts import home_folder, prepare_home
 from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.report.method import same_row
-from lbllm_core.report.records import Record, read_results, write_results
+from lbllm_core.report.records import Record, circumstances, read_results, write_results
 from lbllm_core.report.score_records import collect_scores, scores_folder
 from lbllm_core.report.tables import pivot, plain
 
@@ -116,8 +116,9 @@ def _last_words(log: Path) -> str:
 
 
 def collect(jobs: Sequence[Job], record: Path, command: str) -> list[Record]:
-    """Put the rows of the finished runs into the results file, in place of older ones of the same runs."""
-    found = [r for job in jobs if job.rows.exists() for r in read_results(job.rows)["records"]]
+    """Put the rows of the finished runs into the results file, in place of older ones of the same runs. Date, commit, device and versions stay those of each run."""
+    read = [read_results(job.rows) for job in jobs if job.rows.exists()]
+    found = [{**r, "measured": circumstances(content, r) | {"command": command}} for content in read for r in content["records"]]
     collect_scores([job.rows for job in jobs if job.rows.exists()], record)
     found = [r for i, r in enumerate(found) if not any(same_row(r, later) for later in found[i + 1 :])]
     if found:

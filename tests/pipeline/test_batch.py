@@ -15,7 +15,7 @@ import torch
 from lbllm_core import batch
 from lbllm_core.batch import Job, main
 from lbllm_core.config import RunConfig, config_to_dict
-from lbllm_core.report.records import read_results
+from lbllm_core.report.records import circumstances, read_results
 
 START = Callable[[Job, Path, int | None], "subprocess.Popen[bytes]"]
 # what stands in for a run: its own rows file and the common record are its arguments
@@ -105,6 +105,17 @@ def test_rows_are_recorded_while_other_runs_go_on(home: Path, tmp_path: Path, mo
     assert code == 0, capsys.readouterr().out
     assert sorted(rows(record)) == [("first", "final"), ("second", "final")]
     assert read_results(record)["command"] == "python -m lbllm_core.batch second.json first.json"
+
+
+def test_each_row_keeps_when_and_where_its_run_measured(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "record.json"
+    head = {"command": "python -m lbllm_core.run", "commit": "7" * 40, "date": "2026-01-01T00:00:00+00:00", "device": "a GPU", "versions": {"torch": "2"}}
+    dated = AT_ONCE.replace('{"schema": 1', f'{{"schema": 1, **{head}')
+    monkeypatch.setattr(batch, "start", stand_ins(record, {"first": dated, "second": AT_ONCE}, []))
+    assert main(["--home", str(home), "--record", str(record), *configs(tmp_path, first={}, second={})]) == 0
+    content = read_results(record)
+    first = next(r for r in content["records"] if r["experiment"] == "first")
+    assert circumstances(content, first) == head | {"command": "python -m lbllm_core.batch first.json second.json"}
 
 
 def test_a_failed_run_is_told_by_its_last_words(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
