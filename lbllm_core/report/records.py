@@ -43,7 +43,7 @@ def write_results(
     `measured_with`: versions of the machine that measured, where it was another one than this. A record that was measured otherwise than all that
     may say so itself: `measured`, any of CIRCUMSTANCES.
 
-    Raises ArtifactError for a record without name or unit, or with a value that is no finite number.
+    Raises ArtifactError for a record without name or unit or with a value that is no finite number, and where the file cannot be read or written.
     """
     found = [dict(r) for r in records]
     for record in found:
@@ -53,10 +53,13 @@ def write_results(
     head, before = head_now(command, device, measured_with), read_results(path) if path.exists() else {"records": []}
     stay = [r for r in before["records"] if keep(r)]
     content = {"schema": SCHEMA, **head, "records": under(head, before, stay) + under(head, head, found)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written ({error.strerror}); mend that, or name another file") from error
 
 
 def head_now(command: str, device: str = "", measured_with: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
