@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -176,7 +177,7 @@ def source_line(file: str, content: Mapping[str, Any], with_seeds: bool = False)
     `with_seeds` (where several files make one table): also which seeds it holds.
     """
     ways = sorted(dict.fromkeys(_way(circumstances(content, record)) for record in content["records"]), key=lambda way: way[2])
-    others = [", ".join(word for word, old in zip(way, before, strict=True) if word != old) for before, way in zip(ways, ways[1:], strict=False)]
+    others = [", ".join(word for word, old in zip(way, before, strict=True) if word != old) for before, way in pairwise(ways)]
     measured = "; also ".join([", ".join(ways[0]), *others])
     seeds = sorted({int(r["seed"]) for r in content["records"] if r["row"] != "teacher"}) if with_seeds else []
     told = f" (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
