@@ -5,8 +5,8 @@ share it, each in a process of its own (several GPUs are filled evenly), all wit
 waits at the step's lock and reuses it). A configuration file is what `make config ARGS=...` prints.
 
 Every run has a log in `<home>/logs`; its rows are recorded as soon as it ends, and what it scored for zero-shot tasks (`evaluation.requests`) is
-put beside the record. `--set` changes a field in all runs. `--minutes` ends the batch early: what is finished is
-kept, and the same command goes on from there. Exit code 1 when a run failed or had to be stopped.
+put beside the record. Files of a run are called like its configuration, so two configurations of one name are refused. `--set` changes a field in all runs.
+`--minutes` ends the batch early: what is finished is kept, and the same command goes on from there. Exit code 1 when a run failed or had to be stopped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from lbllm_core.engine.artifacts import home_folder, prepare_home
-from lbllm_core.errors import LbllmError
+from lbllm_core.errors import ConfigError, LbllmError
 from lbllm_core.report.method import same_row
-from lbllm_core.report.records import Record, read_results, write_results
+from lbllm_core.report.records import Record, circumstances, read_results, write_results
 from lbllm_core.report.score_records import collect_scores, scores_folder
 from lbllm_core.report.tables import pivot, plain
 
@@ -42,6 +42,23 @@ class Job:
     log: Path
     rows: Path
     overrides: tuple[str, ...] = ()
+
+
+def check(configs: Sequence[Path]) -> None:
+    """Refuse what would start in vain: files that are no JSON, and two that are one run by name. Raises ConfigError with every problem."""
+    problems = []
+    for i, path in enumerate(configs):
+        twin = next((other for other in configs[:i] if other.stem == path.stem), None)
+        if twin is not None and twin.resolve() == path.resolve():
+            problems.append(f"{twin} and {path} are one file, given twice; leave one out")
+        elif twin is not None:
+            problems.append(f"{twin} and {path}: a run's log and rows are called like its file, and both would be {path.stem!r}; rename one")
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{path} cannot be read as JSON ({error}); write it again: make config ARGS='...' > {path}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def start(job: Job, home: Path, gpu: int | None) -> subprocess.Popen[bytes]:
@@ -99,8 +116,9 @@ def _last_words(log: Path) -> str:
 
 
 def collect(jobs: Sequence[Job], record: Path, command: str) -> list[Record]:
-    """Put the rows of the finished runs into the results file, in place of older ones of the same runs."""
-    found = [r for job in jobs if job.rows.exists() for r in read_results(job.rows)["records"]]
+    """Put the rows of the finished runs into the results file, in place of older ones of the same runs. Date, commit, device and versions stay those of each run."""
+    read = [read_results(job.rows) for job in jobs if job.rows.exists()]
+    found = [{**r, "measured": circumstances(content, r) | {"command": command}} for content in read for r in content["records"]]
     collect_scores([job.rows for job in jobs if job.rows.exists()], record)
     found = [r for i, r in enumerate(found) if not any(same_row(r, later) for later in found[i + 1 :])]
     if found:
@@ -119,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a field in every run; may be repeated")
     chosen = parser.parse_args(arguments)
     try:
-        for path in chosen.configs:
-            json.loads(path.read_text(encoding="utf-8"))
+        check(chosen.configs)
         home = prepare_home(chosen.home) if chosen.home else home_folder()
         logs = home / "logs"
         logs.mkdir(exist_ok=True)
@@ -130,12 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = run_all(jobs, home, max(1, chosen.jobs), 60 * chosen.minutes, lambda job: collect([job], chosen.record, command))
         began = [job for job in jobs if not outcome[job.config.stem].startswith("stopped")]  # a job that did not begin may have rows of an earlier batch
         records = collect(began, chosen.record, command)
-    except (OSError, ValueError) as error:
-        print(f"a configuration cannot be read: {error}", file=sys.stderr)
-        return 2
     except LbllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"{error.filename or 'a file of the batch'}: {error.strerror or error}; mend that, and the same command goes on from there", file=sys.stderr)
+        return 1
     shown = [r for r in records if r["name"].startswith("ppl_") and not r["name"].endswith("_stderr")]
     if shown:
         print(plain(pivot(shown, ("experiment", "scheme", "control", "act_variant", "kv_bits", "seed", "row"), "name")))

@@ -257,7 +257,8 @@ class RunConfig:
 BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
 ROWS = ("teacher", *BASELINES, "final")
 TEXTS = ("wikitext2", "ptb", "c4", "tinystories", "embedded", "synthetic")
-TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mmlu")
+SIX = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")  # zero-shot
+TASKS = (*SIX, "mmlu")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PROTOCOL = re.compile(rf"ppl_({'|'.join(TEXTS)})(?:_(\d+)k)?(?:_s(\d+))?")
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory))

@@ -1,10 +1,12 @@
-"""Finding the packed model that a person means: the one they name, or the newest that this home folder finished.
+"""Finding the packed model that a person means: the one they name, or the newest that this home folder finished; and which run made it.
 
-A packed model lies in `artifacts/pack_and_benchmark/<key>/packed`. Only folders with a manifest are finished.
+A packed model lies in `artifacts/pack_and_benchmark/<key>/packed`. Only folders with a manifest are finished. The manifest names the run that
+built the folder; a run that found it there may be called otherwise, and a folder that was carried elsewhere has none: a person can say it instead.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from pathlib import Path
 from typing import Any
@@ -37,3 +39,22 @@ def packed_folder(home: Path, named: str = "") -> Path:
         if (folder / "packed" / "config.json").is_file():
             return folder / "packed"
     raise ArtifactError(f"no packed model in {home} yet; run `make run` first, or name one: MODEL_DIR=folder")
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    """The options by which a person says which run made a packed model."""
+    parser.add_argument("--model", default="", help="the model's name in the records (default: what its artifact says)")
+    parser.add_argument("--experiment", default="", help="the experiment in the records (default: of the run that built it)")
+    parser.add_argument("--seed", type=int, help="the seed in the records (default: of that run)")
+
+
+def run_of(packed: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """`model`, `experiment` and `seed` of the run that made a packed model: what was `chosen`, else what its artifact says. Raises ArtifactError with what neither says."""
+    said: dict[str, Any] = {}
+    with contextlib.suppress(ArtifactError):
+        said = read_manifest(packed.parent).get("made_for", {})
+    given = {"model": chosen.model or said.get("model"), "experiment": chosen.experiment or said.get("experiment"), "seed": said.get("seed") if chosen.seed is None else chosen.seed}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if missing:
+        raise ArtifactError(f"{packed} does not say which run made it, and records are of a model, an experiment and a seed; name what is missing: {' '.join(missing)}")
+    return given

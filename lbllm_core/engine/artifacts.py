@@ -162,7 +162,7 @@ def run_step(
             folders = {role: upstream.folder(home) for role, upstream in inputs.items()}
             metrics = spec.run(StepContext(visible(config, spec.fields), folders, folder, home, listener))
         release()
-        return _publish(folder, key, parts, inputs, metrics)
+        return _publish(folder, key, parts, inputs, metrics, {"model": config.model.name, "experiment": config.experiment, "seed": config.seed})
 
 
 def sound(folder: Path) -> Handle | None:
@@ -250,7 +250,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return found + [f"{name} changed" for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
 
 
-def _publish(folder: Path, key: str, parts: Mapping[str, Any], inputs: Mapping[str, Handle], metrics: Metrics) -> Handle:
+def _publish(folder: Path, key: str, parts: Mapping[str, Any], inputs: Mapping[str, Handle], metrics: Metrics, made_for: Mapping[str, Any]) -> Handle:
     figures = {name: float(value) for name, value in metrics.items()}
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
@@ -273,6 +273,7 @@ def _publish(folder: Path, key: str, parts: Mapping[str, Any], inputs: Mapping[s
         "parts": parts,
         "upstream": {role: {"step": h.step, "key": h.key, "digest": h.digest} for role, h in sorted(inputs.items())},
         "files": files,
+        "made_for": dict(made_for),  # the run that built it; others may share it, so it is no part of key or digest
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode())

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lbllm_core.config import ModelConfig, RunConfig, config_to_dict
+from lbllm_core.config import SIX, ModelConfig, RunConfig, config_to_dict
 from lbllm_core.engine.artifacts import home_folder, prepare_home
 from lbllm_core.errors import DataError, LbllmError
 from lbllm_core.evaluation.request_file import (
@@ -33,8 +33,6 @@ from lbllm_core.evaluation.request_file import (
     tokenizer_digest,
     write_requests,
 )
-
-SIX = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
 
 
 def build(config: RunConfig, home: Path, out: Path, tasks: Sequence[str], limit: int = 0) -> Requests:

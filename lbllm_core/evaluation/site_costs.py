@@ -1,4 +1,4 @@
-"""Where four-bit activations cost: `python -m lbllm_core.evaluation.site_costs [--model-dir FOLDER] [--protocol ppl_wikitext2_s2048]`.
+"""Where four-bit activations cost: `python -m lbllm_core.evaluation.site_costs [--model-dir FOLDER] [--protocol ppl_wikitext2_s2048] [--out FILE]`.
 
 A block has four places where activations are quantized (*sites*: before q, k and v; before o; before gate and up; before down). The packed
 model is evaluated with all of them in four bits, as it is, with none, with each one alone, and with each one alone left out. Nothing is trained
@@ -6,6 +6,7 @@ in between, so a row says what the site costs *this* model, whose weights have l
 sites need not add up to the cost of all.
 
 The sites that are left out take their input as it is, in the model's type. Windows are the first ones of a protocol.
+The figures are printed; with `--out` they also go into a results file.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lbllm_core.evaluation.decode_record import teacher_config
 from lbllm_core.evaluation.perplexity import forward_of, metric_name, perplexity, windows
 from lbllm_core.model.blocks import SITES
 from lbllm_core.model.packed import ActSite, packed_linears
-from lbllm_core.newest import packed_folder
+from lbllm_core.newest import packed_folder, run_of, run_options
 
 NONE, ALL = "none", "all"
 
@@ -93,22 +94,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--protocol", default="ppl_wikitext2_s2048")
     parser.add_argument("--windows", type=int, default=0, help="the first ones of the protocol; 0: all")
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--name", default="", help="what the model is called in the records (default: its folder)")
-    parser.add_argument("--out", type=Path, default=Path("results/site_costs_cpu.json"))
+    parser.add_argument("--out", type=Path, help="results file to write (default: none, the figures are printed)")
+    run_options(parser)
     chosen = parser.parse_args(arguments)
+    if chosen.windows < 0 or chosen.batch_tokens < 1:
+        parser.error("--windows must be at least 0 (0: all) and --batch-tokens at least 1")
     try:
         folder = packed_folder(home_folder(), chosen.model_dir)
+        about = run_of(folder, chosen) if chosen.out else {}
         model: Any = load_packed(folder, resolve(RunConfig().hardware).device)
         config = RunConfig(model=_measured_as(folder, model))
         config = replace(config, evaluation=replace(config.evaluation, batch_tokens=chosen.batch_tokens))
         name, found = site_costs(model, config, load_tokenizer(folder), chosen.protocol, chosen.windows)
+        if chosen.out:
+            command = f"python -m lbllm_core.evaluation.site_costs --protocol {chosen.protocol} --windows {chosen.windows} --out {chosen.out}"
+            context = about | {"windows": chosen.windows}
+            write_results(chosen.out, command, [{"name": name, "value": value, "unit": "1", "stderr": error, "sites": choice, **context} for choice, (value, error) in found.items()])
+            print(f"written: {chosen.out}")
     except LbllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    about = {"model": chosen.name or folder.parent.name, "windows": chosen.windows}
-    records = [{"name": name, "value": value, "unit": "1", "stderr": error, "sites": choice, **about} for choice, (value, error) in found.items()]
-    write_results(chosen.out, f"python -m lbllm_core.evaluation.site_costs --protocol {chosen.protocol} --windows {chosen.windows}", records)
-    print(f"written: {chosen.out}")
     return 0
 
 

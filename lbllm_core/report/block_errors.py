@@ -1,7 +1,7 @@
 """Where the error is: by kind of linear and by block, before and after each stage; and the table of what each activation site costs.
 
-`python -m lbllm_core.report.block_errors [--model-dir FOLDER]` follows a packed model (default: the newest) back through the artifacts that it was made from and
-writes results/errors_cpu.json. Nothing is measured anew: stages keep these figures as they go.
+`python -m lbllm_core.report.block_errors [--model-dir FOLDER] [--out FILE]` follows a packed model (default: the newest) back through the artifacts that it was
+made from and prints the errors; with `--out` it also writes them into a results file. Nothing is measured anew: stages keep these figures as they go.
 
     weight_error   stage 1, each linear:  |W - W_q|^2 / |W|^2, columns weighted by the Hessian's diagonal; mean, least and largest over blocks
     block_error    |f(x) - f_q(x_q)|^2 / |f(x)|^2 of a block's output, f on the teacher's stream x, f_q on the student's own x_q, so errors of earlier blocks are in it.
@@ -22,7 +22,7 @@ from typing import Any
 from lbllm_core.engine.artifacts import MANIFEST, folder_of, home_folder, read_manifest
 from lbllm_core.errors import ArtifactError, LbllmError
 from lbllm_core.model.blocks import SITE_OF
-from lbllm_core.newest import packed_folder
+from lbllm_core.newest import packed_folder, run_of, run_options
 from lbllm_core.report.records import Record, write_results
 from lbllm_core.report.tables import Cells, markdown
 
@@ -92,15 +92,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lbllm_core.report.block_errors", description="Errors of each stage on the way to a packed model.")
     parser.add_argument("--model-dir", default="", help="a packed model inside its artifact (default: the newest)")
-    parser.add_argument("--out", type=Path, default=Path("results/errors_cpu.json"))
+    parser.add_argument("--out", type=Path, help="results file to write (default: none, the tables are printed)")
+    run_options(parser)
     chosen = parser.parse_args(arguments)
     try:
         home = home_folder()
-        records = records_of(student_folders(packed_folder(home, chosen.model_dir), home))
+        packed = packed_folder(home, chosen.model_dir)
+        about = run_of(packed, chosen) if chosen.out else {}
+        records = [record | about for record in records_of(student_folders(packed, home))]
+        if chosen.out:
+            write_results(chosen.out, f"python -m lbllm_core.report.block_errors --out {chosen.out}", records)
     except LbllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    write_results(chosen.out, "python -m lbllm_core.report.block_errors", records)
     print(errors_table(records))
     return 0
 

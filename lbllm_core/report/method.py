@@ -73,7 +73,7 @@ def method_records(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> list
     return [record for row in rows for record in figure_records(row, row_context(config, str(row["row"]), row.get("effective_bpw")))]
 
 
-MEASURED = ("value", "effective_bpw")
+MEASURED = ("value", "effective_bpw", "measured")
 
 
 def same_row(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

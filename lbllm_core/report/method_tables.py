@@ -5,21 +5,26 @@ deviation (n - 1), which is what a difference between lines has to be held again
 teacher's of the same run.
 
 Zero-shot accuracies are in per cent, ± lm-eval's standard error of the examples (over seeds: its mean; seeds share the examples). Their
-mean over tasks has the error of independent tasks. Every line that was scored is shown, the teacher first.
+mean over tasks has the error of independent tasks. Every line that was scored is shown, the teacher first. MMLU is another protocol (five examples in
+the prompt) and stands apart: in no mean.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lbllm_core.config import SIX
 from lbllm_core.report.records import Record
 from lbllm_core.report.tables import Cells, is_accuracy, markdown, stderr_name
 
 PROTOCOLS = ("ppl_wikitext2_s2048", "ppl_ptb_s2048", "ppl_c4_s2048")
 LEVELS = {"none": "free", "affine8": "affine8", "affine_cb": "affine", "int2": "INT2", "rtn": "rounded", "joint": "free, joint training", "bwa": "free, predecessor"}
+FOUR = ("arc_challenge", "arc_easy", "hellaswag", "piqa")  # `zero_shot_table` says why
+_MMLU = re.compile(r"acc_mmlu(_n\d+)?")  # all subjects, complete or limited; acc_mmlu_<subject> is no figure of the table
 Line = tuple[Any, ...]
 
 
@@ -86,31 +91,44 @@ def _order(item: tuple[Line, dict[str, dict[int, float]]]) -> tuple[Any, ...]:
 
 
 def zero_shot_table(records: Iterable[Record], model: str) -> str:
-    """Markdown: a line for each model that was scored, a column for each task's acc, the means of acc and of acc_norm over all tasks.
+    """Markdown: a line for each model that was scored; a column for each task's acc, the means of acc and of acc_norm over the six tasks, the mean acc of four, and MMLU.
 
-    The mean of acc_norm takes acc where a task has no acc_norm, as is usual. A line that lacks a task has no mean.
+    The mean of acc_norm takes acc where a task has no acc_norm, as is usual. A line that lacks a task has no mean over it. The four are arc_challenge,
+    arc_easy, hellaswag and piqa. On boolq and winogrande the float teacher of SmolLM2-135M only guesses, so its students are as good as it is by chance and
+    carry the share of the teacher in the mean of six. On arc_challenge it is not above chance either by acc, and a little by acc_norm.
     """
     chosen = [r for r in records if r["model"] == model and str(r["name"]).startswith("acc_") and r["unit"] == "1"]
     lines = lines_of(chosen)
-    plain = [n for n in dict.fromkeys(str(r["name"]) for r in chosen) if is_accuracy(n) and not n.startswith("acc_norm_")]
-    if not plain:
+    names = [n for n in dict.fromkeys(str(r["name"]) for r in chosen) if is_accuracy(n) and not n.startswith("acc_norm_")]
+    mmlu = sorted(n for n in names if _MMLU.fullmatch(n))
+    plain = [n for n in names if not n.startswith("acc_mmlu")]
+    if not plain and not mmlu:
         return "_Not measured yet._\n"
-    cells: Cells = [["experiment", "levels", "activations", "stages", "bits a weight", *(n.removeprefix("acc_") for n in plain), "mean acc", "mean acc_norm", "seeds"]]
-    normed = [n.replace("acc_", "acc_norm_", 1) for n in plain]
+    head = ["experiment", "levels", "activations", "stages", "bits a weight", *(n.removeprefix("acc_") for n in plain)]
+    cells: Cells = [[*head, "mean acc", "mean acc_norm", "mean acc of four", *(f"{n.removeprefix('acc_')}, five-shot" for n in mmlu), "seeds"]]
     ceiling = next((figures for line, figures in lines.items() if line[1] == "teacher"), {})
-    for line, figures in sorted(lines.items(), key=lambda item: (item[0][1] != "teacher", item[0][2], item[0][3], -(_mean(item[1], plain) or (0, 0))[0], item[0][0])):
-        chosen_names = [b if b in figures else a for a, b in zip(plain, normed, strict=True)]
+    for line, figures in sorted(lines.items(), key=lambda item: (item[0][1] != "teacher", item[0][2], item[0][3], -(_mean(item[1], _of_tasks(item[1], SIX)) or (0, 0))[0], item[0][0])):
+        if not any(n in figures for n in (*plain, *mmlu)):
+            continue
+        six, four = _of_tasks(figures, SIX), _of_tasks(figures, FOUR)
+        normed = [b if b in figures else a for a in six for b in [a.replace("acc_", "acc_norm_", 1)]]
         bits = figures.get("effective_bpw", {})
-        count = max(len(figures.get(n, {})) for n in plain)
-        means = [_percent(_mean(figures, names), _mean(ceiling, names) if line[1] != "teacher" else None) for names in (plain, chosen_names)]
-        accuracies = [_percent(_mean(figures, [n])) for n in plain]
-        cells.append([*map(str, line[:4]), f"{statistics.fmean(bits.values()):.3f}" if bits else "", *accuracies, *means, str(count)])
+        count = max(len(figures.get(n, {})) for n in (*plain, *mmlu))
+        means = [_percent(_mean(figures, tasks), _mean(ceiling, tasks) if line[1] != "teacher" else None) for tasks in (six, normed, four)]
+        accuracies, apart = ([_percent(_mean(figures, [n])) for n in group] for group in (plain, mmlu))
+        cells.append([*map(str, line[:4]), f"{statistics.fmean(bits.values()):.3f}" if bits else "", *accuracies, *means, *apart, str(count)])
     return markdown(cells)
 
 
+def _of_tasks(figures: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    """The name under which a line has each task's acc (another split or a limit stands behind it; the bare name comes first); none when it lacks a task."""
+    found = [min((n for n in figures if re.fullmatch(rf"acc_{task}(_val)?(_n\d+)?", n)), key=len, default="") for task in tasks]
+    return found if all(found) else []
+
+
 def _mean(figures: Mapping[str, Mapping[int, float]], names: Sequence[str]) -> tuple[float, float] | None:
-    """Mean over tasks of the means over seeds, and its standard error; None when one was not measured."""
-    if not all(n in figures for n in names):
+    """Mean over tasks of the means over seeds, and its standard error; None when one was not measured, or there is none."""
+    if not names or not all(n in figures for n in names):
         return None
     errors = [statistics.fmean(figures[stderr_name(n)].values()) for n in names]
     return statistics.fmean(statistics.fmean(figures[n].values()) for n in names), math.hypot(*errors) / len(errors)

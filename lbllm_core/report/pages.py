@@ -2,7 +2,7 @@
 
 A page holds `<!-- table: NAME -->` ... `<!-- end -->`; what stands between is replaced. Numbers are never typed by hand: a
 command measured them and wrote a results file (schema: command, commit, date, device, versions, records), and the line under
-each table says which. A table whose results are not there says so. Seeds of one question may come from several files (`method`): then
+each table says which, for every way in which the records of the table were measured. A table whose results are not there says so. Seeds of one question may come from several files (`method`): then
 there is a line for each file. A table may have a picture above it (`ablations`); it is drawn into the page's folder by the same command.
 """
 
@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -25,7 +26,7 @@ from lbllm_core.report.fault_tables import fault_table
 from lbllm_core.report.kernel_tables import model_table, peers_table, product_table
 from lbllm_core.report.method_tables import PROTOCOLS, method_table, zero_shot_table
 from lbllm_core.report.plots import dot_panels
-from lbllm_core.report.records import read_results
+from lbllm_core.report.records import circumstances, read_results
 from lbllm_core.report.scale_tables import scale_table
 from lbllm_core.report.tables import comparison, markdown, rows_of
 
@@ -39,6 +40,9 @@ def pipeline_table(content: Mapping[str, Any]) -> str:
     return markdown(comparison(rows_of(_embedded(content))))
 
 
+ONCE = MappingProxyType({"install_s": "Installing the packages", "test_s": "`make test`"})  # times of a machine, not of a model
+
+
 def times_table(content: Mapping[str, Any]) -> str:
     """Minutes a step of that run, with the total and the peak of memory."""
     mine = _embedded(content)
@@ -46,13 +50,20 @@ def times_table(content: Mapping[str, Any]) -> str:
     lines += [[r["step"], r["of_row"], f"{r['value'] / 60:.2f}" + (" (reused)" if r.get("reused") else "")] for r in mine if r["name"] == "step_s"]
     lines += [["total", "", f"{r['value'] / 60:.1f}"] for r in mine if r["name"] == "total_s"]
     peak = "".join(f"\nPeak memory of all processes: {r['value']:.1f} GB.\n" for r in mine if r["name"] == "peak_gb" and r.get("step") == "all")
-    once = {"install_s": "Installing the packages", "test_s": "`make test`"}
-    told = [f"{words}: {r['value'] / 60:.1f} minutes." for name, words in once.items() for r in content["records"] if r["name"] == name]
+    told = [f"{words}: {r['value'] / 60:.1f} minutes." for name, words in ONCE.items() for r in content["records"] if r["name"] == name]
     return markdown(lines) + peak + (("\n" + " ".join(told) + "\n") if told else "")
 
 
 def _embedded(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [r for r in content["records"] if r.get("model") == MODEL]
+    return [r for r in content["records"] if _ours(r)]
+
+
+def _ours(record: Mapping[str, Any]) -> bool:
+    return record.get("model") == MODEL
+
+
+def _perplexity(record: Mapping[str, Any]) -> bool:
+    return _ours(record) and record["name"] in PROTOCOLS
 
 
 def strength_table(content: Mapping[str, Any]) -> str:
@@ -112,13 +123,13 @@ def ablations_picture(records: Sequence[dict[str, Any]], path: Path) -> None:
 ABLATIONS = Picture("pictures/ablations.png", "Ablations: a panel a family, a dot a variant, the recipe's WikiText-2 perplexity as a line", ablations_picture)
 TABLES: Mapping[str, Source] = MappingProxyType(
     {
-        "pipeline": Source(("pipeline_cpu.json",), pipeline_table),
-        "pipeline_times": Source(("pipeline_cpu.json",), times_table),
+        "pipeline": Source(("pipeline_cpu.json",), pipeline_table, lambda r: _ours(r) and "row" in r),
+        "pipeline_times": Source(("pipeline_cpu.json",), times_table, lambda r: r["name"] in ONCE or (_ours(r) and r["name"] in ("step_s", "total_s", "peak_gb") and "row" not in r)),
         "desk": Source(("desk.json",), desk_table),
-        "method": Source(SEEDS, strength_table, lambda r: r["name"] in PROTOCOLS),
-        "order": Source(("order_h100.json",), strength_table),
-        "zero_shot": Source(SEEDS, lambda content: zero_shot_table(content["records"], MODEL), lambda r: str(r["name"]).startswith("acc_")),
-        "ablations": Source(("ablations_h200.json",), lambda content: ablation_tables(content["records"], MODEL), picture=ABLATIONS),
+        "method": Source(SEEDS, strength_table, _perplexity),
+        "order": Source(("order_h100.json",), strength_table, _perplexity),
+        "zero_shot": Source(SEEDS, lambda content: zero_shot_table(content["records"], MODEL), lambda r: _ours(r) and str(r["name"]).startswith("acc_")),
+        "ablations": Source(("ablations_h200.json",), lambda content: ablation_tables(content["records"], MODEL), lambda r: _perplexity(r) and r["row"] in ("final", "teacher"), ABLATIONS),
         "kernels_h200": _of("kernels_h200.json", product_table, "cublas_fp16"),
         "kernels_h100": _of("kernels_h100.json", product_table, "cublas_fp16"),
         "kernels_peers_h200": _of("peers_h200.json", peers_table),
@@ -154,17 +165,29 @@ def render(name: str, results: Path = RESULTS) -> str:
 
 
 def merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Results files as one: the newest one's circumstances, the records of all of them, older files' first, so that of two figures of one line and seed the newer wins."""
+    """Results files as one: the newest one's head, the records of all of them, what was measured first first, so that of two figures of one line and seed the newer wins."""
     ordered = sorted(contents, key=lambda content: str(content["date"]))
-    return {**ordered[-1], "records": [record for content in ordered for record in content["records"]]}
+    dated = [(str(circumstances(content, record)["date"]), record) for content in ordered for record in content["records"]]
+    return {**ordered[-1], "records": [record for _, record in sorted(dated, key=lambda pair: pair[0])]}
 
 
 def source_line(file: str, content: Mapping[str, Any], with_seeds: bool = False) -> str:
-    """What measured the records of a file: command, commit, date, device, torch; `with_seeds` (where several files make one table) also which seeds it holds."""
-    commit = re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]+", "", content["commit"])  # what says that files differed from it stays
+    """What measured the records of a file: every distinct command, commit, day, device and torch, oldest first; after the first one only what differs from the one before.
+
+    `with_seeds` (where several files make one table): also which seeds it holds.
+    """
+    ways = sorted(dict.fromkeys(_way(circumstances(content, record)) for record in content["records"]), key=lambda way: way[2])
+    others = [", ".join(word for word, old in zip(way, before, strict=True) if word != old) for before, way in pairwise(ways)]
+    measured = "; also ".join([", ".join(ways[0]), *others])
     seeds = sorted({int(r["seed"]) for r in content["records"] if r["row"] != "teacher"}) if with_seeds else []
     told = f" (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
-    return f"_`{content['command']}`, commit `{commit}`, {content['date'][:10]}, {content['device']}, torch {content['versions']['torch']}; from `results/{file}`{told}._\n"
+    return f"_{measured}; from `results/{file}`{told}._\n"
+
+
+def _way(measured: Mapping[str, Any]) -> tuple[str, ...]:
+    """Command, commit, day, device and torch in words."""
+    commit = re.sub(r"(?<=^[0-9a-f]{12})[0-9a-f]+", "", measured["commit"])  # what says that files differed from it stays
+    return f"`{measured['command']}`", f"commit `{commit}`", measured["date"][:10], measured["device"], f"torch {measured['versions']['torch']}"
 
 
 def _listed(files: Sequence[str]) -> str:

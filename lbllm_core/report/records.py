@@ -4,7 +4,8 @@
      "records": [{"name": ..., "value": number, "unit": ..., context...}]}
 
 A figure carries its circumstances: a name with the protocol in it, a unit, and the context (model, scheme, row, ...) that
-tells two figures of one name apart.
+tells two figures of one name apart. How it was measured (command, commit, date, device, versions) is said once, in the file's head; a record
+that came about otherwise, because the file was merged, carries what differs as `measured: {"date": ..., ...}`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 from lbllm_core.errors import ArtifactError
 
 SCHEMA = 1
+CIRCUMSTANCES = ("command", "commit", "date", "device", "versions")
 PACKAGES = ("torch", "transformers", "lm-eval", "triton", "bitsandbytes")
 Record = dict[str, Any]
 
@@ -36,31 +38,50 @@ def write_results(
     keep: Callable[[Record], bool] = lambda record: False,
     measured_with: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write a results file. `keep` chooses records of the file as it is that stay in front; `device` defaults to processor and cores.
+    """Write a results file. `keep` chooses records of the file as it is that stay in front, with how they were measured; `device` defaults to processor and cores.
 
-    `measured_with`: versions of the machine that measured, where it was another one than this.
+    `measured_with`: versions of the machine that measured, where it was another one than this. A record that was measured otherwise than all that
+    may say so itself: `measured`, any of CIRCUMSTANCES.
 
-    Raises ArtifactError for a record without name or unit, or with a value that is no finite number.
+    Raises ArtifactError for a record without name or unit or with a value that is no finite number, and where the file cannot be read or written.
     """
     found = [dict(r) for r in records]
     for record in found:
         value = record.get("value")
         if not record.get("name") or "unit" not in record or isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ArtifactError(f"{path.name}: the record {record!r} needs a name, a unit and a finite value")
-    old = [r for r in read_results(path)["records"] if keep(r)] if path.exists() else []
-    content = {
-        "schema": SCHEMA,
-        "command": command,
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device or device_name(),
-        "versions": versions() | dict(measured_with),
-        "records": old + found,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    head, before = head_now(command, device, measured_with), read_results(path) if path.exists() else {"records": []}
+    stay = [r for r in before["records"] if keep(r)]
+    content = {"schema": SCHEMA, **head, "records": under(head, before, stay) + under(head, head, found)}
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written ({error.strerror}); mend that, or name another file") from error
+
+
+def head_now(command: str, device: str = "", measured_with: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """The circumstances of what this process measures, as a file's head has them; arguments as for `write_results`."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"command": command, "commit": commit(), "date": date, "device": device or device_name(), "versions": versions() | dict(measured_with)}
+
+
+def circumstances(head: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """How a record of a file with this head was measured: what it says itself, else what the head says."""
+    return {key: head[key] for key in CIRCUMSTANCES if key in head} | dict(record.get("measured", {}))
+
+
+def under(head: Mapping[str, Any], old: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """Records of a file with the head `old` as records of one with `head`: each carries as `measured` what was otherwise for it, and nothing else."""
+    moved = []
+    for record in records:
+        said = {"commit": record["commit"]} if "commit" in record else {}  # where the context names it, as the faults' does
+        measured = circumstances(old, {"measured": {**said, **record.get("measured", {})}})
+        own = {key: value for key, value in measured.items() if value != head.get(key)}
+        moved.append({k: v for k, v in record.items() if k != "measured"} | ({"measured": own} if own else {}))
+    return moved
 
 
 def read_results(path: Path) -> dict[str, Any]:

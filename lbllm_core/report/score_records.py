@@ -20,7 +20,7 @@ from lbllm_core.errors import ArtifactError
 from lbllm_core.evaluation.request_file import Scores, read_scores, write_scores
 from lbllm_core.pipeline import Finished
 from lbllm_core.report.method import MEASURED, figure_records, row_context, same_row
-from lbllm_core.report.records import read_results, write_results
+from lbllm_core.report.records import versions, write_results
 from lbllm_core.report.tables import comparison, plain
 
 COMMAND = "python -m lbllm_core.evaluation.offline_tasks aggregate"
@@ -75,17 +75,16 @@ def with_context(path: Path, scores: Scores, config: RunConfig, row: str, packed
 
 
 def record_figures(record: Path, results: Sequence[tuple[Scores, Mapping[str, float]]]) -> None:
-    """Put accuracies into a results file, in place of older ones of the same rows. Device and versions are those of the machine that scored."""
+    """Put accuracies into a results file, in place of older ones of the same rows. Device and versions are those of the machine that scored, of each file its own."""
     contexts = [scores.facts["context"] for scores, _ in results if "context" in scores.facts]
     if len(contexts) < len(results):
         raise ArtifactError("a scores file without the context of its row cannot be recorded; score it with its configuration (score --config run.json), or leave --record out")
-    found = [r for context, (_, figures) in zip(contexts, results, strict=True) for r in figure_records(figures, context)]
+    scored = [{"device": scores.facts["device"], "versions": versions() | scores.facts["versions"]} for scores, _ in results]
+    found = [{**r, "measured": on} for context, on, (_, figures) in zip(contexts, scored, results, strict=True) for r in figure_records(figures, context)]
     if len({(r["name"], file_name(r)) for r in found}) < len(found):
         raise ArtifactError("two of these scores files are of the same row; leave one out")
-    before = read_results(record)["command"] if record.exists() else ""
-    command = before if COMMAND in before else "; ".join(part for part in (before, COMMAND) if part)
-    facts = results[-1][0].facts
-    write_results(record, command, found, device=facts["device"], keep=lambda old: not any(same_row(old, new) for new in found), measured_with=facts["versions"])
+    last = scored[-1]
+    write_results(record, COMMAND, found, device=last["device"], keep=lambda old: not any(same_row(old, new) for new in found), measured_with=last["versions"])
 
 
 def shown(results: Sequence[tuple[str, Scores, Mapping[str, float]]]) -> str:

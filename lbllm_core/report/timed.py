@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lbllm_core.engine.files import write_atomic
-from lbllm_core.report.records import commit, read_results, write_results
+from lbllm_core.report.records import head_now, read_results, under, write_results
+
+COMMAND = "make test RECORD=1"
 
 
 def add(path: Path, seconds: dict[str, float]) -> None:
-    """Put times into a results file in place of older ones. What it says of its other figures' origin stays; these carry their own commit."""
-    records = [{"name": name, "value": value, "unit": "s", "commit": commit()} for name, value in seconds.items()]
+    """Put times into a results file in place of older ones. Its head stays, and with it what the other figures say of their origin; these carry their own."""
+    records = [{"name": name, "value": value, "unit": "s"} for name, value in seconds.items()]
     if not path.exists():
-        write_results(path, "make test RECORD=1", records)
+        write_results(path, COMMAND, records)
         return
     content = read_results(path)
-    content["records"] = [r for r in content["records"] if r["name"] not in seconds] + records
+    content["records"] = [r for r in content["records"] if r["name"] not in seconds] + under(content, head_now(COMMAND), records)
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -252,15 +253,56 @@ def test_a_requests_file_that_is_not_there_stops_a_run_at_once(tmp_path: Path, m
         located("requests.safetensors")
 
 
+TEACHER_LINE = {"unit": "1", "model": "m", "row": "teacher", "experiment": "", "seed": 0}
+FINAL_LINE = {**TEACHER_LINE, "row": "final", "experiment": "e", "control": "none", "level_mode": "codebook", "group_size": 16, "act_variant": "none", "kv_bits": 16, "effective_bpw": 2.5, "stages": "1"}
+
+
+def accuracies(context: dict[str, Any], scale: float = 1.0, **of: float) -> list[dict[str, Any]]:
+    """Records of these accuracies, each with an error of 0.03."""
+    return [{"name": n, "value": v, **context} for name, value in of.items() for n, v in ((f"acc_{name}", value * scale), (f"acc_stderr_{name}", 0.03))]
+
+
+def cells_of(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in zero_shot_table(records, "m").splitlines()]
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+SCORED = {"arc_challenge": 0.2, "arc_easy": 0.5, "boolq": 0.6, "hellaswag": 0.3, "piqa": 0.6, "winogrande": 0.5}
+
+
 def test_the_zero_shot_table_in_per_cent() -> None:
-    teacher = {"unit": "1", "model": "m", "row": "teacher", "experiment": "", "seed": 0}
-    final = {**teacher, "row": "final", "experiment": "e", "control": "none", "level_mode": "codebook", "group_size": 16, "act_variant": "none", "kv_bits": 16, "effective_bpw": 2.5, "stages": "1"}
-    named = {"acc_a": 0.6, "acc_stderr_a": 0.03, "acc_norm_a": 0.7, "acc_norm_stderr_a": 0.03, "acc_b": 0.4, "acc_stderr_b": 0.04}
-    records = [{"name": n, "value": v, **teacher} for n, v in named.items()]
-    records += [{"name": n, "value": v * (1 if "stderr" in n else 0.5), **final, "seed": seed} for seed in (0, 1) for n, v in named.items()]
-    records += [{"name": "ppl_x", "value": 9.0, **final}]
+    normed = [{"name": n, "value": v, **TEACHER_LINE} for n, v in (("acc_norm_piqa", 0.9), ("acc_norm_stderr_piqa", 0.03))]
+    records = accuracies(TEACHER_LINE, **SCORED) + normed
+    records += [r for seed, scale in ((0, 0.4), (1, 0.6)) for r in accuracies({**FINAL_LINE, "seed": seed}, scale, **SCORED)]
+    records += [{"name": "ppl_x", "value": 9.0, **FINAL_LINE}]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in zero_shot_table(records, "m").splitlines()]
-    assert lines[0][5:] == ["a", "b", "mean acc", "mean acc_norm", "seeds"]
-    assert lines[2][5:] == ["60.0 ± 3.0", "40.0 ± 4.0", "50.0 ± 2.5", "55.0 ± 2.5", "1"]
-    assert lines[3] == ["e", "table, free, G=16", "A16", "1", "2.500", "30.0 ± 3.0", "20.0 ± 4.0", "25.0 ± 2.5 (50 %)", "27.5 ± 2.5 (50 %)", "2"]
+    assert lines[0][5:] == [*SCORED, "mean acc", "mean acc_norm", "mean acc of four", "seeds"]
+    assert lines[2][5:] == [*(f"{100 * v:.1f} ± 3.0" for v in SCORED.values()), "45.0 ± 1.2", "50.0 ± 1.2", "40.0 ± 1.5", "1"]
+    means = ["22.5 ± 1.2 (50 %)", "22.5 ± 1.2 (50 %)", "20.0 ± 1.5 (50 %)"]
+    assert lines[3] == ["e", "table, free, G=16", "A16", "1", "2.500", *(f"{50 * v:.1f} ± 3.0" for v in SCORED.values()), *means, "2"]
     assert "Not measured" in zero_shot_table(records[-1:], "m")
+
+
+def test_mmlu_stands_behind_the_means_and_is_in_none() -> None:
+    records = accuracies(TEACHER_LINE, **SCORED, mmlu=0.26, mmlu_n20=0.9, mmlu_astronomy=0.7) + accuracies(FINAL_LINE, 0.5, **SCORED)
+    records += accuracies({**FINAL_LINE, "experiment": "only_mmlu"}, mmlu=0.25) + accuracies({**FINAL_LINE, "experiment": "one_subject"}, mmlu_astronomy=0.25)
+    teacher, final, only = cells_of(records)
+    assert list(teacher)[11:] == ["mean acc", "mean acc_norm", "mean acc of four", "mmlu, five-shot", "mmlu_n20, five-shot", "seeds"]
+    assert (teacher["mean acc"], teacher["mean acc of four"], teacher["mmlu, five-shot"], teacher["mmlu_n20, five-shot"]) == ("45.0 ± 1.2", "40.0 ± 1.5", "26.0 ± 3.0", "90.0 ± 3.0")
+    assert (final["mean acc"], final["mmlu, five-shot"]) == ("22.5 ± 1.2 (50 %)", "")
+    assert (only["experiment"], only["mean acc"], only["mmlu, five-shot"], only["seeds"]) == ("only_mmlu", "", "25.0 ± 3.0", "1")
+
+
+def test_a_line_without_one_of_the_tasks_has_no_mean_over_it() -> None:
+    four = {task: SCORED[task] for task in ("arc_challenge", "arc_easy", "hellaswag", "piqa")}
+    teacher, *lines = cells_of(accuracies(TEACHER_LINE, **SCORED) + accuracies(FINAL_LINE, **four) + accuracies({**FINAL_LINE, "experiment": "f"}, piqa=0.5))
+    assert teacher["mean acc"] == "45.0 ± 1.2"
+    assert [(line["mean acc"], line["mean acc of four"]) for line in lines] == [("", "40.0 ± 1.5 (100 %)"), ("", "")]
+
+
+def test_a_limited_line_takes_no_mean_away_from_the_others() -> None:
+    limited = {f"{task}_n20": value for task, value in SCORED.items()}
+    teacher, one, other = cells_of(accuracies(TEACHER_LINE, **SCORED) + accuracies(FINAL_LINE, **SCORED) + accuracies({**FINAL_LINE, "experiment": "f"}, **limited))
+    assert one["mean acc"] == "45.0 ± 1.2 (100 %)"
+    assert other["mean acc"] == "45.0 ± 1.2", "the teacher was not measured so: no share of it"
+    assert teacher["piqa_n20"] == ""

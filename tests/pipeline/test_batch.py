@@ -15,7 +15,7 @@ import torch
 from lbllm_core import batch
 from lbllm_core.batch import Job, main
 from lbllm_core.config import RunConfig, config_to_dict
-from lbllm_core.report.records import read_results
+from lbllm_core.report.records import circumstances, read_results
 
 START = Callable[[Job, Path, int | None], "subprocess.Popen[bytes]"]
 # what stands in for a run: its own rows file and the common record are its arguments
@@ -107,6 +107,17 @@ def test_rows_are_recorded_while_other_runs_go_on(home: Path, tmp_path: Path, mo
     assert read_results(record)["command"] == "python -m lbllm_core.batch second.json first.json"
 
 
+def test_each_row_keeps_when_and_where_its_run_measured(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "record.json"
+    head = {"command": "python -m lbllm_core.run", "commit": "7" * 40, "date": "2026-01-01T00:00:00+00:00", "device": "a GPU", "versions": {"torch": "2"}}
+    dated = AT_ONCE.replace('{"schema": 1', f'{{"schema": 1, **{head}')
+    monkeypatch.setattr(batch, "start", stand_ins(record, {"first": dated, "second": AT_ONCE}, []))
+    assert main(["--home", str(home), "--record", str(record), *configs(tmp_path, first={}, second={})]) == 0
+    content = read_results(record)
+    first = next(r for r in content["records"] if r["experiment"] == "first")
+    assert circumstances(content, first) == head | {"command": "python -m lbllm_core.batch first.json second.json"}
+
+
 def test_a_failed_run_is_told_by_its_last_words(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     record = tmp_path / "record.json"
     monkeypatch.setattr(batch, "start", stand_ins(record, {"bad": FAILS, "killed": KILLED, "first": AT_ONCE}, []))
@@ -148,5 +159,35 @@ def test_a_file_that_is_no_configuration_starts_nothing(home: Path, tmp_path: Pa
     monkeypatch.setattr(batch, "start", stand_ins(tmp_path / "record.json", {}, started))
     (tmp_path / "broken.json").write_text("{")
     assert main(["--home", str(home), "--record", str(tmp_path / "record.json"), *configs(tmp_path, fine={}), str(tmp_path / "broken.json")]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'broken.json'} cannot be read as JSON" in told
+    assert "fine.json" not in told
     assert not started
+
+
+def test_two_runs_of_one_name_are_refused_before_anything_starts(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would share a log and rows, and the one that failed could be told as done."""
+    started, record = list[Any](), tmp_path / "record.json"
+    monkeypatch.setattr(batch, "start", stand_ins(record, {"run": AT_ONCE}, started))
+    asked = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        asked += configs(tmp_path / folder, run={})
+    assert main(["--home", str(home), "--record", str(record), *asked]) == 2
+    told = capsys.readouterr().err
+    assert all(path in told for path in asked)
+    assert "rename one" in told
+    assert main(["--home", str(home), "--record", str(record), asked[0], str(tmp_path / "a" / ".." / "a" / "run.json")]) == 2
+    assert "given twice; leave one out" in capsys.readouterr().err
+    assert not started
+    assert not record.exists()
+
+
+def test_a_record_that_cannot_be_written_is_told_as_that(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results").write_text("a file where a folder should be")
+    record = tmp_path / "results" / "method.json"
+    monkeypatch.setattr(batch, "start", stand_ins(record, {"first": AT_ONCE}, []))
+    assert main(["--home", str(home), "--record", str(record), *configs(tmp_path, first={})]) == 1
+    told = capsys.readouterr().err
+    assert str(tmp_path / "results") in told
+    assert "configuration" not in told

@@ -87,6 +87,30 @@ def test_zero_shot_names_the_file_that_has_accuracies(results: Path) -> None:
     assert "`results/method_h200.json` (seed 2)" in source
 
 
+def test_every_way_in_which_a_table_was_measured_is_told(results: Path) -> None:
+    """The day and not the hour; of a further way only what differs; nothing of records that the table does not show."""
+    later, seed_1 = {"date": "2026-01-01T09:00:00+00:00"}, {"date": "2025-12-01T09:00:00+00:00", "commit": "fedcba9876543210", "device": "oldest GPU"}
+    hidden = {**perplexity(9.0, 0), "name": "ppl_other", "measured": {"device": "unseen GPU"}}
+    records = [perplexity(30.0, 0, measured=later), perplexity(32.0, 1, measured=seed_1), perplexity(34.0, 2), hidden]
+    write(results, "method.json", "2026-01-01T00:00:00+00:00", "older GPU", records)
+    (source,) = sources(render("method", results))
+    first = "`made method.json`, commit `fedcba987654`, 2025-12-01, oldest GPU, torch 2.0"
+    assert source == f"_{first}; also commit `0123456789ab`, 2026-01-01, older GPU; from `results/method.json` (seeds 0, 1, 2)._"
+
+
+def test_of_one_line_and_seed_the_record_that_was_measured_last_counts(results: Path) -> None:
+    """A newer file may hold older records."""
+    write(results, "method_h200.json", "2026-02-01T00:00:00+00:00", "newer GPU", [perplexity(40.0, 0, measured={"date": "2025-11-01T00:00:00+00:00"}), perplexity(34.0, 1)])
+    assert line_of(render("method", results), "method_one")["wikitext2_s2048"].startswith("32.00 ±")
+
+
+def test_another_model_in_the_file_is_no_source(results: Path) -> None:
+    write(results, "pipeline_cpu.json", "2026-01-01T00:00:00+00:00", "a CPU", [{**perplexity(3.0, 0), "model": "tiny"}, perplexity(30.0, 0, measured={"device": "another CPU"})])
+    (source,) = sources(render("pipeline", results))
+    assert ", a CPU," not in source
+    assert "another CPU" in source
+
+
 def test_what_is_not_measured_says_so(tmp_path: Path) -> None:
     assert render("kernels_h200", tmp_path) == "_Not measured yet: `results/kernels_h200.json` is not there._\n"
     assert render("method", tmp_path) == "_Not measured yet: `results/method.json` and `results/method_h200.json` are not there._\n"
