@@ -88,7 +88,7 @@ class SchemeConfig:
     weight_bits: int = number(2, 2, 16, help="2: one bit and one bitmap bit; 16: weights stay as they are")
     level_mode: str = choice("codebook", "explicit", help="four levels from a shared table of quadruples, or stored for each (row, group)")
     level_family: str = choice("free", "affine", "int2", help="four free levels; base + step * code with both in int8; or an INT2 grid with an integer zero (the controls)")
-    snap_levels: bool = flag(True, help="levels are rounded to the int8 grid while they train (straight through); false: only when they are packed")
+    snap_levels: bool = flag(True, help="levels are rounded to the int8 grid while they train (straight through); false, and always in stage 2 with weight_distill.parameterization=latent: only when they are packed")
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
     act_bits: int = number(4, 4, 16, help="4 or 16 (off)")
@@ -305,6 +305,8 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"scheme.group_size={s.group_size} must be a multiple of 4 (four codes share a byte)")
     if s.level_mode == "codebook" and c.weight_distill.parameterization == "latent":
         found.append("weight_distill.parameterization=latent trains explicit levels; choose scheme.level_mode=explicit or weight_distill.parameterization=nearest")
+    if s.level_family != "free" and c.weight_distill.enabled and c.weight_distill.parameterization == "latent":
+        found.append(f"weight_distill.parameterization=latent trains four free levels, which scheme.level_family={s.level_family} cannot store; choose scheme.level_family=free or weight_distill.parameterization=nearest")
     if c.ptq_init.method == "rtn" and s.level_mode == "codebook":
         found.append("ptq_init.method=rtn has no codebook; choose scheme.level_mode=explicit")
     for stage in ("ptq_init", "weight_distill", "act_quant"):
