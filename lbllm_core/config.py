@@ -257,9 +257,12 @@ class RunConfig:
 BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
 ROWS = ("teacher", *BASELINES, "final")
 TEXTS = ("wikitext2", "ptb", "c4", "tinystories", "embedded", "synthetic")
+WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")  # their metrics tell the window even where it is the usual one
 TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mmlu")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PROTOCOL = re.compile(rf"ppl_({'|'.join(TEXTS)})(?:_(\d+)k)?(?:_s(\d+))?")
+ACCURACY = re.compile(rf"acc_(?:norm_)?({'|'.join(TASKS)})(?:_val)?(?:_n\d+)?")
+METRICS_ARE = f"metrics called ppl_<text>[_<n>k][_s<window>] (text one of {', '.join(TEXTS)}; always with the window: {', '.join(WINDOW_IN_NAME)}) or acc_<task> (task one of {', '.join(TASKS)})"
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory))
 
 
@@ -329,7 +332,7 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise, uniform or planes, or scheme.act_bits=16")
     if c.hardware.gpus > 1:
         found += _rank_problems(c)
-    return found + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
+    return found + _gate_problems(c.model) + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
 
 
 def _rank_problems(c: RunConfig) -> list[str]:
@@ -354,11 +357,28 @@ def _evaluation_problems(e: EvaluationConfig) -> list[str]:
     found += [f"evaluation.baselines holds {row!r}; allowed: {', '.join(BASELINES)}" for row in e.baselines if row not in BASELINES]
     for name, value in e.expected.items():
         row, slash, metric = name.partition("/")
-        if not slash or row not in ROWS or not metric.startswith(("ppl_", "acc_")):
-            found.append(f"evaluation.expected holds {name!r}; a name is <row>/<metric>, for example final/ppl_wikitext2_s2048, with row one of {', '.join(ROWS)}")
-        elif not math.isfinite(value) or value <= 0:
-            found.append(f"evaluation.expected: {name} is {value}, which is no perplexity or accuracy")
+        if not slash or row not in ROWS or not _is_metric(metric):
+            found.append(f"evaluation.expected holds {name!r}; a name is <row>/<metric>, for example final/ppl_wikitext2_s2048, with row one of {', '.join(ROWS)} and {METRICS_ARE}")
+        found += _figure_problems("evaluation.expected", name, value)
     return found
+
+
+def _gate_problems(m: ModelConfig) -> list[str]:
+    found = []
+    for name, value in m.expected.items():
+        if not _is_metric(name):
+            found.append(f"model.expected holds {name!r}; a name is a metric, for example ppl_wikitext2_s2048, with {METRICS_ARE}")
+        found += _figure_problems("model.expected", name, value)
+    return found
+
+
+def _is_metric(name: str) -> bool:
+    parts = PROTOCOL.fullmatch(name)
+    return bool(ACCURACY.fullmatch(name) or (parts and not protocol_problem(name) and (parts[3] or parts[1] not in WINDOW_IN_NAME)))
+
+
+def _figure_problems(where: str, name: str, value: float) -> list[str]:
+    return [] if math.isfinite(value) and value > 0 else [f"{where}: {name} is {value}, which is no perplexity or accuracy"]
 
 
 def protocol_problem(name: str) -> str:
