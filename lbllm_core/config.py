@@ -92,8 +92,7 @@ class SchemeConfig:
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
     act_bits: int = number(4, 4, 16, help="4 or 16 (off)")
-    act_variant: str = choice("piecewise", "uniform", "planes", "per_group", help="how the 16 activation codes are spread; planes: the sums of four fitted binary planes")
-    act_group_size: int = number(64, 8, 4096, help="channels that share an activation scale (per_group only)")
+    act_variant: str = choice("piecewise", "uniform", "planes", help="how the 16 activation codes are spread; planes: the sums of four fitted binary planes")
     outlier_channels: int = number(0, 0, 4096, help="input channels of every linear that stay in INT8, weights and activations (the predecessor's; 0: none)")
     kv_bits: int = number(16, 4, 16, help="4 or 16 (off): keys and values in the cache")
 
@@ -328,8 +327,6 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append("weight_distill.joint=true trains activations in stage 2, which weight_distill.enabled=false leaves out")
     if c.weight_distill.joint and min(s.act_bits, s.kv_bits) == 16:
         found.append("weight_distill.joint=true has no activations to train; choose scheme.act_bits=4, or weight_distill.joint=false")
-    if s.act_bits == 4 and s.act_variant == "per_group":
-        found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise, uniform or planes, or scheme.act_bits=16")
     if c.hardware.gpus > 1:
         found += _rank_problems(c)
     return found + _gate_problems(c.model) + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)

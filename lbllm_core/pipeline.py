@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _MODEL = tuple(f"model.{name}" for name in ("source", "path", "file", "sha256", "context", "add_bos", "blocks"))
 _DATA = ("seed", *(f"dataset.{name}" for name in ("source", "files", "column", "sequences", "seq_len", "generated", "temperature")))
 _WEIGHTS = tuple(f"scheme.{name}" for name in ("weight_bits", "level_mode", "level_family", "group_size", "codebook_size", "outlier_channels", "snap_levels"))
-_ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "act_group_size", "kv_bits"))
+_ACTIVATIONS = tuple(f"scheme.{name}" for name in ("act_bits", "act_variant", "kv_bits"))
 _START = tuple(f"ptq_init.{f.name}" for f in fields(PtqInitConfig) if f.name != "key_smoothing")  # read with a 4-bit cache alone: `spec_of`
 _MEASURED = tuple(f"evaluation.{name}" for name in ("protocols", "tasks", "task_limit", "batch_tokens"))
 STEPS_MODULE = "lbllm_core.steps"
