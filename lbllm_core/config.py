@@ -88,12 +88,11 @@ class SchemeConfig:
     weight_bits: int = number(2, 2, 16, help="2: one bit and one bitmap bit; 16: weights stay as they are")
     level_mode: str = choice("codebook", "explicit", help="four levels from a shared table of quadruples, or stored for each (row, group)")
     level_family: str = choice("free", "affine", "int2", help="four free levels; base + step * code with both in int8; or an INT2 grid with an integer zero (the controls)")
-    snap_levels: bool = flag(True, help="levels are rounded to the int8 grid while they train (straight through); false: only when they are packed")
+    snap_levels: bool = flag(True, help="levels are rounded to the int8 grid while they train (straight through); false, and always in stage 2 with weight_distill.parameterization=latent: only when they are packed")
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
     act_bits: int = number(4, 4, 16, help="4 or 16 (off)")
-    act_variant: str = choice("piecewise", "uniform", "planes", "per_group", help="how the 16 activation codes are spread; planes: the sums of four fitted binary planes")
-    act_group_size: int = number(64, 8, 4096, help="channels that share an activation scale (per_group only)")
+    act_variant: str = choice("piecewise", "uniform", "planes", help="how the 16 activation codes are spread; planes: the sums of four fitted binary planes")
     outlier_channels: int = number(0, 0, 4096, help="input channels of every linear that stay in INT8, weights and activations (the predecessor's; 0: none)")
     kv_bits: int = number(16, 4, 16, help="4 or 16 (off): keys and values in the cache")
 
@@ -257,10 +256,17 @@ class RunConfig:
 BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
 ROWS = ("teacher", *BASELINES, "final")
 TEXTS = ("wikitext2", "ptb", "c4", "tinystories", "embedded", "synthetic")
+<<<<<<< HEAD
 SIX = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")  # zero-shot
 TASKS = (*SIX, "mmlu")
+=======
+WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")  # their metrics tell the window even where it is the usual one
+TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mmlu")
+>>>>>>> sci
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PROTOCOL = re.compile(rf"ppl_({'|'.join(TEXTS)})(?:_(\d+)k)?(?:_s(\d+))?")
+ACCURACY = re.compile(rf"acc_(?:norm_)?({'|'.join(TASKS)})(?:_val)?(?:_n\d+)?")
+METRICS_ARE = f"metrics called ppl_<text>[_<n>k][_s<window>] (text one of {', '.join(TEXTS)}; always with the window: {', '.join(WINDOW_IN_NAME)}) or acc_<task> (task one of {', '.join(TASKS)})"
 SECTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.default_factory))
 
 
@@ -306,6 +312,8 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"scheme.group_size={s.group_size} must be a multiple of 4 (four codes share a byte)")
     if s.level_mode == "codebook" and c.weight_distill.parameterization == "latent":
         found.append("weight_distill.parameterization=latent trains explicit levels; choose scheme.level_mode=explicit or weight_distill.parameterization=nearest")
+    if s.level_family != "free" and c.weight_distill.enabled and c.weight_distill.parameterization == "latent":
+        found.append(f"weight_distill.parameterization=latent trains four free levels, which scheme.level_family={s.level_family} cannot store; choose scheme.level_family=free or weight_distill.parameterization=nearest")
     if c.ptq_init.method == "rtn" and s.level_mode == "codebook":
         found.append("ptq_init.method=rtn has no codebook; choose scheme.level_mode=explicit")
     for stage in ("ptq_init", "weight_distill", "act_quant"):
@@ -324,11 +332,9 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append("weight_distill.joint=true trains activations in stage 2, which weight_distill.enabled=false leaves out")
     if c.weight_distill.joint and min(s.act_bits, s.kv_bits) == 16:
         found.append("weight_distill.joint=true has no activations to train; choose scheme.act_bits=4, or weight_distill.joint=false")
-    if s.act_bits == 4 and s.act_variant == "per_group":
-        found.append("scheme.act_variant=per_group is emulated in training only and has no packed form; choose piecewise, uniform or planes, or scheme.act_bits=16")
     if c.hardware.gpus > 1:
         found += _rank_problems(c)
-    return found + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
+    return found + _gate_problems(c.model) + _evaluation_problems(c.evaluation) + _source_problems(c) + _name_problems(c)
 
 
 def _rank_problems(c: RunConfig) -> list[str]:
@@ -353,11 +359,28 @@ def _evaluation_problems(e: EvaluationConfig) -> list[str]:
     found += [f"evaluation.baselines holds {row!r}; allowed: {', '.join(BASELINES)}" for row in e.baselines if row not in BASELINES]
     for name, value in e.expected.items():
         row, slash, metric = name.partition("/")
-        if not slash or row not in ROWS or not metric.startswith(("ppl_", "acc_")):
-            found.append(f"evaluation.expected holds {name!r}; a name is <row>/<metric>, for example final/ppl_wikitext2_s2048, with row one of {', '.join(ROWS)}")
-        elif not math.isfinite(value) or value <= 0:
-            found.append(f"evaluation.expected: {name} is {value}, which is no perplexity or accuracy")
+        if not slash or row not in ROWS or not _is_metric(metric):
+            found.append(f"evaluation.expected holds {name!r}; a name is <row>/<metric>, for example final/ppl_wikitext2_s2048, with row one of {', '.join(ROWS)} and {METRICS_ARE}")
+        found += _figure_problems("evaluation.expected", name, value)
     return found
+
+
+def _gate_problems(m: ModelConfig) -> list[str]:
+    found = []
+    for name, value in m.expected.items():
+        if not _is_metric(name):
+            found.append(f"model.expected holds {name!r}; a name is a metric, for example ppl_wikitext2_s2048, with {METRICS_ARE}")
+        found += _figure_problems("model.expected", name, value)
+    return found
+
+
+def _is_metric(name: str) -> bool:
+    parts = PROTOCOL.fullmatch(name)
+    return bool(ACCURACY.fullmatch(name) or (parts and not protocol_problem(name) and (parts[3] or parts[1] not in WINDOW_IN_NAME)))
+
+
+def _figure_problems(where: str, name: str, value: float) -> list[str]:
+    return [] if math.isfinite(value) and value > 0 else [f"{where}: {name} is {value}, which is no perplexity or accuracy"]
 
 
 def protocol_problem(name: str) -> str:

@@ -70,13 +70,13 @@ def _job_of(step: str, context: StepContext) -> tuple[Work, SweepPlan]:
     if step == "ptq_init":
         return lambda job: quantize_block(job, s, c.ptq_init, c.seed), SweepPlan(step, False)
     start = context.inputs["student"]
-    variant, act_group = activation_format(c)
+    variant = activation_variant(c)
     if step == "weight_distill":
         plan = SweepPlan(step, True, target_on_student_stream=c.weight_distill.target == "student")
         if c.weight_distill.joint:
-            plan = replace(plan, variant=variant, act_group_size=act_group, kv_bits=s.kv_bits)
+            plan = replace(plan, variant=variant, kv_bits=s.kv_bits)
         return lambda job: distill_block(job, load_block(start, job.index, "none"), s, c.weight_distill, c.seed), plan
-    plan = SweepPlan(step, True, variant=variant, act_group_size=act_group, kv_bits=s.kv_bits)
+    plan = SweepPlan(step, True, variant=variant, kv_bits=s.kv_bits)
     return lambda job: refine_block(job, load_block(start, job.index, "none"), s, c.act_quant, c.seed), plan
 
 
@@ -133,8 +133,8 @@ def end_to_end(context: StepContext) -> Metrics:
 
     c = context.config
     bench = _Bench(c, context.home, c.dataset.sequences, sweep=False)
-    variant, act_group = activation_format(c)
-    start = (load_block(context.inputs["student"], i, variant, act_group) for i in range(len(bench.decoder.blocks)))
+    variant = activation_variant(c)
+    start = (load_block(context.inputs["student"], i, variant) for i in range(len(bench.decoder.blocks)))
     refinement = Refinement(bench.decoder, c.end_to_end, c.scheme, bench.hardware, c.seed)
     ledger = Ledger(context.folder, "checkpoint")
     made = refine(refinement, bench.ids, start, ledger, context.report)
@@ -181,14 +181,14 @@ def _pack_and_check(context: StepContext) -> tuple[dict[str, float], dict[str, f
 
     c, hardware, folder = context.config, resolve(context.config.hardware), context.folder / "packed"
     teacher, tokenizer = open_teacher(c, context.home, hardware)
-    student, (variant, act_group) = context.inputs["student"], activation_format(c)
+    student, variant = context.inputs["student"], activation_variant(c)
 
     count, asked = len(teacher.blocks), itertools.count()
 
     def state(index: int) -> BlockState:
         done = next(asked)  # every block is asked for twice: to be written, and to be checked
         context.report(Progress("pack_and_benchmark", done, 2 * count, begins=not done))
-        return load_block(student, index, variant, act_group, latents=False)
+        return load_block(student, index, variant, latents=False)
 
     def fake_block(index: int) -> nn.Module:
         return fake_quant_block(teacher.blocks[index], _with_sites(state(index), variant), c.scheme.kv_bits)
@@ -271,10 +271,9 @@ def _with_sites(state: BlockState, variant: str) -> BlockState:
     return replace(state, sites={site: ActFactors(variant) for site in SITES})
 
 
-def activation_format(c: RunConfig) -> tuple[str, int]:
-    """Variant name and channel group of a config's activations; `none` where they stay as they are."""
-    variant = c.scheme.act_variant if c.scheme.act_bits == 4 else "none"
-    return variant, c.scheme.act_group_size if variant == "per_group" else 0
+def activation_variant(c: RunConfig) -> str:
+    """How a config's activations are quantized; `none` where they stay as they are."""
+    return c.scheme.act_variant if c.scheme.act_bits == 4 else "none"
 
 
 def _block_metrics(section: str, figures: list[dict[str, Any]], context: StepContext) -> Metrics:

@@ -84,13 +84,13 @@ class ActFactors:
         return [self.clip_max, self.clip_min, *map(float, rest)]
 
 
-def factors_of(variant: str, numbers: Sequence[float], group_size: int = 0) -> ActFactors:
+def factors_of(variant: str, numbers: Sequence[float]) -> ActFactors:
     """The inverse of `ActFactors.numbers`. Raises ValueError for numbers that are not a quantizer's."""
     if len(numbers) != len(ActFactors(variant).numbers()):
         raise ValueError(f"activation variant {variant!r} does not have {len(numbers)} numbers")
     clip_max, clip_min, *planes = numbers
     if variant != "planes":
-        return ActFactors(variant, clip_max, clip_min, planes[0], planes[1], group_size)
+        return ActFactors(variant, clip_max, clip_min, planes[0], planes[1])
     if not all(float(p).is_integer() for p in planes):
         raise ValueError(f"activation planes={planes!r} must be integers")
     return ActFactors(variant, clip_max, clip_min, planes=tuple(map(int, planes)))

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lbllm_core.config import PROTOCOL, RunConfig, protocol_problem
+from lbllm_core.config import PROTOCOL, WINDOW_IN_NAME, RunConfig, protocol_problem
 from lbllm_core.data import text, tokens
 from lbllm_core.data.synthetic import Language
 from lbllm_core.errors import ConfigError, DataError
@@ -30,7 +30,6 @@ from lbllm_core.model.load import tiny_seed
 from lbllm_core.model.store import file_digest
 
 WINDOW = {"wikitext2": 2048, "ptb": 2048, "c4": 2048, "tinystories": 512, "embedded": 2048, "synthetic": 128}
-WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")
 C4_WINDOWS = 64
 SYNTHETIC_ROWS = 64
 

@@ -79,7 +79,6 @@ class SweepPlan:
     needs_target: bool
     target_on_student_stream: bool = False
     variant: str = "none"
-    act_group_size: int = 0
     kv_bits: int = 16
 
 
@@ -197,7 +196,7 @@ def sweep(
                 if decoder.streamed:
                     let_go(block)
             if index < done:
-                state = state_from_tensors(ledger.load(index), plan.variant, plan.act_group_size)
+                state = state_from_tensors(ledger.load(index), plan.variant)
                 figures = ledger.figures(index)
             else:
                 settle(hardware.device)

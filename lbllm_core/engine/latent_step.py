@@ -216,5 +216,5 @@ def _gradient(linear: QuantLinear) -> Tensor:
 
 
 def _weight(polarize: float, bitmap: Tensor | None) -> float:
-    """Weight of one entry in the mean that is regularised."""
+    """Weight of one entry in the mean that is regularised; groups are whole here (`tiled`), so every entry stands for a weight."""
     return polarize / bitmap.numel() if bitmap is not None else 0.0

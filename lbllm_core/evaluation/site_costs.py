@@ -6,7 +6,9 @@ in between, so a row says what the site costs *this* model, whose weights have l
 sites need not add up to the cost of all.
 
 The sites that are left out take their input as it is, in the model's type. Windows are the first ones of a protocol.
-The figures are printed; with `--out` they also go into a results file.
+
+One row more says what a finer scale would buy: each run of 64 channels, at all sites, has a scale and a zero point of its own. That is emulated (uniform
+codes, nothing clipped): it has no packed form. The figures are printed; with `--out` they also go into a results file.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from lbllm_kernels.activation import ActFactors
+from torch import Tensor, nn
 
 from lbllm_core.config import ModelConfig, RunConfig
 from lbllm_core.engine.artifacts import home_folder
@@ -30,8 +33,10 @@ from lbllm_core.evaluation.perplexity import forward_of, metric_name, perplexity
 from lbllm_core.model.blocks import SITES
 from lbllm_core.model.packed import ActSite, packed_linears
 from lbllm_core.newest import packed_folder, run_of, run_options
+from lbllm_core.quant.activation import ActQuantizer
 
-NONE, ALL = "none", "all"
+NONE, ALL, GROUPED = "none", "all", "all per group"
+CHANNELS = 64  # that share a scale in the last of these
 
 
 @contextmanager
@@ -53,6 +58,26 @@ def _set(model: nn.Module, variants: Sequence[tuple[ActSite, str]]) -> None:
         linear.prepare(name)
 
 
+@contextmanager
+def quantized_in_groups(model: nn.Module) -> Iterator[None]:
+    """Inside, every packed linear takes uniform codes with a scale for each `CHANNELS` channels of a token; its INT8 columns stay in 8 bits."""
+    handles = []
+    try:
+        for _, linear in packed_linears(model):
+            outliers = None if linear.perm is None or linear.outlier_weight is None else linear.perm[-linear.outlier_weight.shape[1] :]
+            quantizer = ActQuantizer(ActFactors("per_group", group_size=CHANNELS), outliers).to(linear.row_scale.device).requires_grad_(False)
+
+            def emulate(_: nn.Module, inputs: tuple[Tensor, ...], quantizer: ActQuantizer = quantizer) -> tuple[Tensor]:
+                return (quantizer(inputs[0]),)
+
+            handles.append(linear.register_forward_pre_hook(emulate))
+        with quantized_at(model, frozenset()):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def choices() -> dict[str, frozenset[str]]:
     """What is measured: its name, and the sites in four bits."""
     alone = {site: frozenset({site}) for site in SITES}
@@ -61,15 +86,16 @@ def choices() -> dict[str, frozenset[str]]:
 
 
 def site_costs(model: nn.Module, config: RunConfig, tokenizer: Any, protocol: str, count: int = 0) -> tuple[str, dict[str, tuple[float, float]]]:
-    """The metric's name, and perplexity with its standard error for every choice. `count`: windows, 0 for all. Raises what evaluation raises, and ModelError."""
+    """The metric's name, and perplexity with its standard error for every choice, `GROUPED` the last. `count`: windows, 0 for all. Raises what evaluation raises, and ModelError."""
     if not any(module.variant != "none" for module in model.modules() if isinstance(module, ActSite)):
         raise ModelError("the packed model has 16-bit activations: no site costs anything; name one with scheme.act_bits=4")
     data, name = windows(protocol, config, tokenizer), metric_name(protocol, config, tokenizer)
     data = data[: count or len(data)]
     device = next(model.parameters()).device
     found = {}
-    for choice, sites in choices().items():
-        with quantized_at(model, sites):
+    ways = {choice: quantized_at(model, sites) for choice, sites in choices().items()} | {GROUPED: quantized_in_groups(model)}
+    for choice, way in ways.items():
+        with way:
             result = perplexity(forward_of(model, data, config.evaluation.batch_tokens), data, config.evaluation.batch_tokens, device=device, name=name)
         found[choice] = (result.ppl, result.stderr)
         print(f"{choice:16} {result.ppl:9.3f} ± {result.stderr:.3f}", flush=True)

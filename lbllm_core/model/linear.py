@@ -301,8 +301,11 @@ class LatentBitmapWeight(nn.Module):
         return join_groups(_Bits.apply(grouped, self.bitmap, self.levels * self.unit), self.columns)  # type: ignore[no-untyped-call]
 
     def polarization(self, beta: Tensor | float) -> Tensor:
-        """`mean((1 - |2 G - 1|^beta)^2)`: zero where every bitmap entry has decided (eq. 6). Its slope at one half, infinite below beta = 1, counts as 0."""
-        size = (2 * self.bitmap.clamp(0, 1) - 1).abs()
+        """`mean((1 - |2 G - 1|^beta)^2)`: zero where every bitmap entry has decided (eq. 6). Its slope at one half, infinite below beta = 1, counts as 0.
+
+        Entries that fill up a short last group stand for no weight and are left out; where `LatentStep` trains there are none (`tiled`).
+        """
+        size = (2 * join_groups(self.bitmap, self.columns).clamp(0, 1) - 1).abs()
         return (1 - size.clamp_min(SMALLEST).pow(beta)).square().mean()
 
     @torch.no_grad()

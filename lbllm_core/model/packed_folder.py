@@ -81,8 +81,6 @@ def packed_scheme(scheme: SchemeConfig) -> PackedScheme:
     """The packed form of a configured scheme. Raises ModelError for what the format cannot carry."""
     if scheme.weight_bits != 2:
         raise ModelError(f"scheme.weight_bits={scheme.weight_bits}: only 2-bit weights can be packed")
-    if scheme.act_bits < 16 and scheme.act_variant == "per_group":
-        raise ModelError("scheme.act_variant=per_group is emulated only and has no packed form; choose uniform, piecewise or planes, or scheme.act_bits=16")
     return PackedScheme(
         group_size=scheme.group_size,
         level_mode=scheme.level_mode,

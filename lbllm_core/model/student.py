@@ -55,7 +55,7 @@ def state_tensors(state: BlockState) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous() for name, t in made.items()}
 
 
-def state_from_tensors(tensors: dict[str, Tensor], variant: str, act_group_size: int = 0) -> BlockState:
+def state_from_tensors(tensors: dict[str, Tensor], variant: str) -> BlockState:
     """Inverse of `state_tensors`; `variant` names the activation quantizer, whose numbers the file holds."""
     linears, biases, latents = {}, {}, {}
     for path in SITE_OF:
@@ -76,7 +76,7 @@ def state_from_tensors(tensors: dict[str, Tensor], variant: str, act_group_size:
     sites = {}
     for site in SITES:
         if f"site.{site}" in tensors:
-            sites[site] = factors_of(variant, tensors[f"site.{site}"].tolist(), act_group_size)
+            sites[site] = factors_of(variant, tensors[f"site.{site}"].tolist())
     norms = {norm: tensors[f"{norm}.weight"] for norm in NORMS}
     return BlockState(linears=linears, norms=norms, biases=biases, sites=sites, latents=latents)
 
@@ -86,10 +86,10 @@ def block_file(folder: Path, index: int) -> Path:
     return folder / f"block_{index:03d}.safetensors"
 
 
-def load_block(folder: Path, index: int, variant: str, act_group_size: int = 0, latents: bool = True) -> BlockState:
+def load_block(folder: Path, index: int, variant: str, latents: bool = True) -> BlockState:
     """One block of a finished student folder; without the weights behind its codes where only the codes are asked for."""
     from safetensors import safe_open
 
     with safe_open(block_file(folder, index), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if latents or not name.endswith(".latent")}  # noqa: SIM118 (it is no dictionary)
-    return state_from_tensors(tensors, variant, act_group_size)
+    return state_from_tensors(tensors, variant)

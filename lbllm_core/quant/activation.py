@@ -17,8 +17,8 @@ positions of the codes). Zero is always in range, so constant, all-positive and 
 predecessor's W(1+1)A(1x4) (BWA, arXiv 2504.05352). There a few input channels with outliers may also be kept in 8 bits, with a scale of
 their own (`ActQuantizer.outliers`).
 
-`per_group` gives each run of channels its own uniform quantizer. It is the reference for what a finer scale would buy; it
-does not exist as a packed format.
+`per_group` gives each run of channels its own uniform quantizer. It is the reference for what a finer scale would buy
+(`evaluation/site_costs.py`), and no choice of a configuration: it does not exist as a packed format.
 """
 
 from __future__ import annotations

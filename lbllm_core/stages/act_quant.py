@@ -43,7 +43,7 @@ def refine_block(job: BlockJob, start: BlockState, scheme: SchemeConfig, config:
     untrained = start
     if scheme.act_bits == 4:
         samples = site_inputs(job, start, scheme)
-        untrained = replace(start, sites={site: ActFactors(scheme.act_variant, group_size=_channels(scheme)) for site in samples})
+        untrained = replace(start, sites={site: ActFactors(scheme.act_variant) for site in samples})
         start = replace(start, sites=search_factors(job, start, scheme, samples))
     before = error_on_sample(job, build_block(job.teacher_block, untrained, "fixed", scheme.kv_bits, dtype=pass_type(job.hardware)))
     block = build_block(job.teacher_block, start, "frozen", scheme.kv_bits, scheme.trained_family)
@@ -100,16 +100,12 @@ def search_factors(job: BlockJob, state: BlockState, scheme: SchemeConfig, sampl
             x = x.index_fill(1, outliers.channels.long().to(x.device), 0)
         for clip, knee in itertools.product(CLIPS, knees):
             planes = fit_planes(x, clip) if scheme.act_variant == "planes" else POWERS_OF_TWO
-            factors = ActFactors(scheme.act_variant, clip, clip, knee, knee, scheme.act_group_size if scheme.act_variant == "per_group" else 0, planes)
+            factors = ActFactors(scheme.act_variant, clip, clip, knee, knee, planes=planes)
             error = float((ActQuantizer(factors).to(x.device)(x) - x).square().sum())
             error = job.hardware.ranks.mean(error, x.device)
             if error < best_error:
                 found[site], best_error = factors, error
     return found
-
-
-def _channels(scheme: SchemeConfig) -> int:
-    return scheme.act_group_size if scheme.act_variant == "per_group" else 0
 
 
 def _numbers(f: ActFactors) -> list[float]:

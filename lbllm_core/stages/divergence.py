@@ -11,6 +11,7 @@ Shapes: last hidden states `(batch, tokens, hidden)` float32, before the final n
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ FUSED_ROWS = 4096  # the same where they exist in 16 bits and once each
 
 
 def divergence(decoder: Decoder, hardware: Hardware, student: Tensor, teacher: Tensor, share: float, head: Tensor | None) -> Tensor:
-    """Mean KL `()` over a `share` of the tokens, evenly spaced. `head`: what `fused_head` returned."""
+    """Mean KL `()` over a `share` of the tokens (`positions`). `head`: what `fused_head` returned."""
     s, t = student.flatten(0, 1), teacher.flatten(0, 1)
     if share < 1:
-        s, t = (x[:: max(1, round(1 / share))] for x in (s, t))
+        chosen = positions(len(s), share, s.device)
+        s, t = s.index_select(0, chosen), t.index_select(0, chosen)
     if head is not None:
         mine, theirs = (decoder.base.norm(x).to(head.dtype) for x in (s, t))
         return _Divergence.apply(mine, theirs, head)  # type: ignore[no-any-return, no-untyped-call]
@@ -42,6 +44,12 @@ def divergence(decoder: Decoder, hardware: Hardware, student: Tensor, teacher: T
 
     parts = [checkpoint(piece, s[i : i + LOGIT_ROWS], t[i : i + LOGIT_ROWS], use_reentrant=False, preserve_rng_state=False) for i in range(0, len(s), LOGIT_ROWS)]
     return torch.stack(parts).sum() / len(s)
+
+
+def positions(count: int, share: float, device: torch.device | str = "cpu") -> Tensor:
+    """The places of `share * count` of `count` tokens, rounded up to whole ones: ascending `(n,)` int64, the first one among them, gaps that differ by one at most."""
+    n = max(1, math.ceil(share * count - 1e-6))  # a product that is whole but for float noise is whole
+    return torch.arange(n, device=device) * count // n
 
 
 def fused_head(decoder: Decoder, hardware: Hardware) -> Tensor | None:

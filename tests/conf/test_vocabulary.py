@@ -136,9 +136,9 @@ def test_choices_then_single_values_whatever_their_order() -> None:
 
 
 def test_values_are_taken_as_written() -> None:
-    config = compose(["model.source=folder", "model.path=/a b/it's=ü,x", "model.expected={ppl_x: 3, ppl_y: 1e1}", "evaluation.tasks=[piqa, boolq]", "tracking.enabled=False"])
+    config = compose(["model.source=folder", "model.path=/a b/it's=ü,x", "model.expected={ppl_embedded: 3, ppl_c4_s512: 1e1}", "evaluation.tasks=[piqa, boolq]", "tracking.enabled=False"])
     assert config.model.path == "/a b/it's=ü,x"
-    assert config.model.expected == {"ppl_x": 3.0, "ppl_y": 10.0}
+    assert config.model.expected == {"ppl_embedded": 3.0, "ppl_c4_s512": 10.0}
     assert config.evaluation.tasks == ("piqa", "boolq")
     assert config.tracking.enabled is False
 

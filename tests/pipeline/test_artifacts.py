@@ -52,7 +52,15 @@ def test_fresh_then_cached(tmp_path: Path) -> None:
     assert again.reused
     assert not first.reused
     assert Handle.from_dict(json.loads(json.dumps(first.to_dict()))) == first
-    assert artifacts.read_seconds(first.folder(tmp_path)) >= 0
+
+
+def test_the_seconds_of_work_are_kept_and_a_reuse_adds_none(tmp_path: Path) -> None:
+    slow = replace(SPEC, run=lambda context: time.sleep(0.02) or build(context))
+    folder = run_step(slow, RunConfig(), {}, tmp_path).folder(tmp_path)
+    seconds = artifacts.read_seconds(folder)
+    assert 0.02 <= seconds < 60
+    assert run_step(slow, RunConfig(), {}, tmp_path).reused
+    assert artifacts.read_seconds(folder) == seconds
 
 
 def test_only_fields_that_are_read_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

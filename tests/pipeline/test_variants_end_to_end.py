@@ -119,6 +119,8 @@ def test_stage_2_is_known_by_the_activations_only_when_it_trains_them():
     ("words", "told"),
     [
         (["scheme.snap_levels=false", "scheme.level_family=affine"], "choose scheme.level_family=free"),
+        (["scheme=w2a16", "weight_distill=latent"], "choose scheme.level_family=free or weight_distill.parameterization=nearest"),
+        (["scheme=w2a16", "scheme.level_family=int2", "weight_distill=latent"], "scheme.level_family=int2 cannot store"),
         (["weight_distill.joint=true", "scheme.act_bits=16"], "no activations to train"),
         (["weight_distill.joint=true", "weight_distill.enabled=false"], "weight_distill.enabled=false leaves out"),
         (["weight_distill.joint=true", "evaluation.baselines=[stage3]"], "weight_distill.joint=true leaves out"),

@@ -233,6 +233,21 @@ def test_polarization(beta):
     assert float(soft.polarization(beta).detach()) == pytest.approx((1 - 0.5**beta) ** 2)
 
 
+def test_polarization_leaves_out_what_fills_up_a_short_group():
+    w = latent_of(8, 50)
+    view = LatentBitmapWeight(explicit(w, 16), w, soft=True)
+    with torch.no_grad():
+        view.bitmap.fill_(1.0)
+        view.bitmap[:, -1, 2:] = 0.5  # two of the last sixteen are weights
+    value = view.polarization(2.0)
+    value.backward()
+    assert float(value.detach()) == 0
+    assert bool((view.bitmap.grad[:, -1, 2:] == 0).all())
+    with torch.no_grad():
+        view.bitmap[:, 0, 0] = 0.5
+    assert float(view.polarization(2.0).detach()) == pytest.approx(1 / 50)
+
+
 @pytest.mark.parametrize("beta", [1.0, 0.9, 0.1, 0.0])
 def test_polarization_as_printed_has_a_slope_everywhere(beta):
     """The published beta falls from 1 to 0; below 1 the slope at one half is infinite."""
