@@ -256,13 +256,9 @@ class RunConfig:
 BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
 ROWS = ("teacher", *BASELINES, "final")
 TEXTS = ("wikitext2", "ptb", "c4", "tinystories", "embedded", "synthetic")
-<<<<<<< HEAD
+WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")  # their metrics tell the window even where it is the usual one
 SIX = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")  # zero-shot
 TASKS = (*SIX, "mmlu")
-=======
-WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")  # their metrics tell the window even where it is the usual one
-TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mmlu")
->>>>>>> sci
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PROTOCOL = re.compile(rf"ppl_({'|'.join(TEXTS)})(?:_(\d+)k)?(?:_s(\d+))?")
 ACCURACY = re.compile(rf"acc_(?:norm_)?({'|'.join(TASKS)})(?:_val)?(?:_n\d+)?")
