@@ -191,3 +191,15 @@ def test_a_record_that_cannot_be_written_is_told_as_that(home: Path, tmp_path: P
     told = capsys.readouterr().err
     assert str(tmp_path / "results") in told
     assert "configuration" not in told
+
+
+def test_a_folder_that_cannot_be_made_is_told_as_that(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started = list[Any]()
+    monkeypatch.setattr(batch, "start", stand_ins(tmp_path / "record.json", {}, started))
+    home.mkdir()
+    (home / "logs").write_text("a file where a folder should be")
+    assert main(["--home", str(home), "--record", str(tmp_path / "record.json"), *configs(tmp_path, first={})]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"{home / 'logs'}: File exists")
+    assert "configuration" not in told
+    assert not started
