@@ -206,7 +206,7 @@ class EvaluationConfig:
     task_limit: int = number(0, 0, 1 << 20, help="examples a task (0: the full split); part of the metric's name")
     batch_tokens: int = number(4096, 16, 1 << 20, help="tokens a forward pass")
     requests: str = text(help="requests file of zero-shot tasks that teacher and final model score without lm-eval, absolute or relative to LBLLM_DATA; empty: none")
-    baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage2, stage3 (the model after that stage), stage1_explicit, rtn")
+    baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage2, stage3 (the model after that stage), stage1_explicit, rtn; nf4, int8 (the teacher in a format of bitsandbytes)")
     expected: dict[str, float] = field(default_factory=dict, metadata={"help": "row/metric -> published or earlier value, shown beside the measured one; never part of a key, stops nothing"})
     tolerance: float = number(0.05, 0.0, 1.0, help="relative difference up to which a measured value counts as the expected one")
     source: str = text(help="where the expected values come from")
@@ -254,7 +254,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
+BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn", "nf4", "int8")
 ROWS = ("teacher", *BASELINES, "final")
 TEXTS = ("wikitext2", "ptb", "c4", "tinystories", "embedded", "synthetic")
 TASKS = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande", "mmlu")

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 BILLS = ("lut8", "int2", "affine8")
 BILL_OF_FAMILY = {"free": "lut8", "affine": "affine8", "int2": "int2"}  # explicit levels; a table is billed as `lut8` whatever its entries are
 
+NF4_BLOCK = 64  # weights that share a scale
+
 
 @dataclass(frozen=True)
 class Bits:
@@ -62,6 +64,14 @@ def linear_bits(out: int, in_features: int, group_size: int, codebook_entries: i
     if outliers:
         items["outliers"] = 8 * out * outliers + 32 * out + 32 * in_features
     return Bits(weights, items)
+
+
+def library_bits(out: int, in_features: int, control: str) -> Bits:
+    """Bits of one linear `(out, in)` of bitsandbytes: `nf4` with a float32 scale for 64 weights, counted through the rows, or `int8` with one a row."""
+    weights = out * in_features
+    if control == "nf4":
+        return Bits(weights, {"codes": 4 * weights, "block_scales": 32 * -(-weights // NF4_BLOCK)})
+    return Bits(weights, {"codes": 8 * weights, "row_scales": 32 * out})
 
 
 def add(parts: Iterable[Bits]) -> Bits:
