@@ -87,7 +87,7 @@ class SchemeConfig:
     name: str = text("w1p1a4", help="scheme name")
     weight_bits: int = number(2, 2, 16, help="2: one bit and one bitmap bit; 16: weights stay as they are")
     level_mode: str = choice("codebook", "explicit", help="four levels from a shared table of quadruples, or stored for each (row, group)")
-    level_family: str = choice("free", "affine", "int2", help="four free levels; base + step * code with both in int8; or an INT2 grid with an integer zero (the controls)")
+    level_family: str = choice("free", "affine", "int2", "residual", help="four free levels; or the controls: base + step * code with both in int8, an INT2 grid with an integer zero, two binary weights (±a ± b)")
     snap_levels: bool = flag(True, help="levels are rounded to the int8 grid while they train (straight through); false: only when they are packed")
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
@@ -299,6 +299,8 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"scheme.group_size={s.group_size} does not go with scheme.level_mode=codebook; choose 16 or 32, or scheme.level_mode=explicit")
     if s.level_family == "int2" and s.level_mode == "codebook":
         found.append("scheme.level_family=int2 has a scale and a zero for each group and no table; choose scheme.level_mode=explicit, or scheme.level_family=affine")
+    if s.level_family == "residual" and s.level_mode == "codebook":
+        found.append("scheme.level_family=residual has two scales for each group and no table; choose scheme.level_mode=explicit, or scheme.level_family=affine")
     if not s.snap_levels and s.level_family != "free":
         found.append(f"scheme.snap_levels=false leaves levels off their grid while they train, but scheme.level_family={s.level_family} is one; choose scheme.level_family=free")
     if s.group_size % 4:

@@ -30,7 +30,7 @@ def control_of(config: RunConfig, stages: tuple[int, ...]) -> str:
         return "bwa"
     if s.level_family == "free":
         return "none"
-    return "int2" if s.level_family == "int2" else "affine_cb" if s.level_mode == "codebook" else "affine8"
+    return s.level_family if s.level_family in ("int2", "residual") else "affine_cb" if s.level_mode == "codebook" else "affine8"
 
 
 def stages_of(config: RunConfig, row: str) -> tuple[int, ...]:

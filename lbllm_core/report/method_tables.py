@@ -20,7 +20,7 @@ from lbllm_core.report.records import Record
 from lbllm_core.report.tables import Cells, is_accuracy, markdown, stderr_name
 
 PROTOCOLS = ("ppl_wikitext2_s2048", "ppl_ptb_s2048", "ppl_c4_s2048")
-LEVELS = {"none": "free", "affine8": "affine8", "affine_cb": "affine", "int2": "INT2", "nf4": "NF4", "int8": "INT8", "rtn": "rounded", "joint": "free, joint training", "bwa": "free, predecessor"}
+LEVELS = {"none": "free", "affine8": "affine8", "affine_cb": "affine", "int2": "INT2", "residual": "residual", "nf4": "NF4", "int8": "INT8", "rtn": "rounded", "joint": "free, joint training", "bwa": "free, predecessor"}
 Line = tuple[Any, ...]
 
 
