@@ -18,9 +18,10 @@ from flows.compose import about, compose
 from flows.lab_book import run_address
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.preflight import preflight
-from lbllm_core.pipeline import check_gate
+from lbllm_core.pipeline import UNPACKED, check_gate
 from tasks.act_quant import act_quant
 from tasks.end_to_end import end_to_end
+from tasks.evaluate_control import evaluate_control
 from tasks.evaluate_model import evaluate_model
 from tasks.evaluate_teacher import evaluate_teacher
 from tasks.pack_and_benchmark import pack_and_benchmark
@@ -61,6 +62,9 @@ def lbllm(model: str = "", experiment: str = "", scheme: str = "", dataset: str 
         evaluate_model(run, packed=final, teacher=teacher)
         for row in config.evaluation.baselines:
             beside = run.beside(row)
+            if row in UNPACKED:
+                evaluate_control(beside)
+                continue
             packed = pack_and_benchmark(beside, student=after[row] if row in after else ptq_init(beside))
             evaluate_model(beside, packed=packed, teacher=teacher)
         if config.evaluation.requests:

@@ -87,7 +87,7 @@ class SchemeConfig:
     name: str = text("w1p1a4", help="scheme name")
     weight_bits: int = number(2, 2, 16, help="2: one bit and one bitmap bit; 16: weights stay as they are")
     level_mode: str = choice("codebook", "explicit", help="four levels from a shared table of quadruples, or stored for each (row, group)")
-    level_family: str = choice("free", "affine", "int2", help="four free levels; base + step * code with both in int8; or an INT2 grid with an integer zero (the controls)")
+    level_family: str = choice("free", "affine", "int2", "residual", help="four free levels; or the controls: base + step * code with both in int8, an INT2 grid with an integer zero, two binary weights (±a ± b)")
     snap_levels: bool = flag(True, help="levels are rounded to the int8 grid while they train (straight through); false, and always in stage 2 with weight_distill.parameterization=latent: only when they are packed")
     group_size: int = number(32, 8, 4096, help="input channels that share four levels")
     codebook_size: int = number(256, 2, 256, help="level quadruples in a table")
@@ -205,7 +205,7 @@ class EvaluationConfig:
     task_limit: int = number(0, 0, 1 << 20, help="examples a task (0: the full split); part of the metric's name")
     batch_tokens: int = number(4096, 16, 1 << 20, help="tokens a forward pass")
     requests: str = text(help="requests file of zero-shot tasks that teacher and final model score without lm-eval, absolute or relative to LBLLM_DATA; empty: none")
-    baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage2, stage3 (the model after that stage), stage1_explicit, rtn")
+    baselines: tuple[str, ...] = words(help="rows beside the final one: stage1, stage2, stage3 (the model after that stage), stage1_explicit, rtn; nf4, int8 (the teacher in a format of bitsandbytes)")
     expected: dict[str, float] = field(default_factory=dict, metadata={"help": "row/metric -> published or earlier value, shown beside the measured one; never part of a key, stops nothing"})
     tolerance: float = number(0.05, 0.0, 1.0, help="relative difference up to which a measured value counts as the expected one")
     source: str = text(help="where the expected values come from")
@@ -253,7 +253,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn")
+BASELINES = ("stage1", "stage2", "stage3", "stage1_explicit", "rtn", "nf4", "int8")
 ROWS = ("teacher", *BASELINES, "final")
 TEXTS = ("wikitext2", "ptb", "c4", "tinystories", "embedded", "synthetic")
 WINDOW_IN_NAME = ("wikitext2", "ptb", "c4")  # their metrics tell the window even where it is the usual one
@@ -302,6 +302,8 @@ def _cross_problems(c: RunConfig) -> list[str]:
         found.append(f"scheme.group_size={s.group_size} does not go with scheme.level_mode=codebook; choose 16 or 32, or scheme.level_mode=explicit")
     if s.level_family == "int2" and s.level_mode == "codebook":
         found.append("scheme.level_family=int2 has a scale and a zero for each group and no table; choose scheme.level_mode=explicit, or scheme.level_family=affine")
+    if s.level_family == "residual" and s.level_mode == "codebook":
+        found.append("scheme.level_family=residual has two scales for each group and no table; choose scheme.level_mode=explicit, or scheme.level_family=affine")
     if not s.snap_levels and s.level_family != "free":
         found.append(f"scheme.snap_levels=false leaves levels off their grid while they train, but scheme.level_family={s.level_family} is one; choose scheme.level_family=free")
     if s.group_size % 4:

@@ -35,6 +35,7 @@ SAME = {
     "ptq_init": ("ptq_init.method", "scheme.level_mode"),
     "pack_and_benchmark": ("pack.benchmark", "pack.repeats"),
     "evaluate_model": MEASURED,
+    "evaluate_control": (*MEASURED, "evaluation.baselines"),
     "score_requests": ("evaluation.requests",),
 }
 # fields whose product a step's time is in proportion to

@@ -3,6 +3,7 @@
     teacher ──────────────────────────────────────────────┐ (first: its gate stops a run that cannot mean anything)
     ptq_init → weight_distill → act_quant → end_to_end → pack_and_benchmark → evaluate_model      the row `final`
         └──────────────────────────────────────────────→ pack_and_benchmark → evaluate_model      the row `stage1`, likewise stage2, stage3
+    evaluate_control                                                                               the rows `nf4` and `int8`, which need no stage
     with `evaluation.requests`, last: score_requests for the teacher and for the row `final` (`evaluation/offline_tasks.py`)
 
 `plan(config)` lists the steps of one run; baseline rows are the same steps under a changed config, so that they share the
@@ -60,6 +61,7 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
             _spec("end_to_end", *_MODEL, *_DATA, *_WEIGHTS, *_ACTIVATIONS, "end_to_end"),
             _spec("pack_and_benchmark", *_MODEL, "model.license", *_DATA, "scheme", "pack"),
             _spec("evaluate_model", *_MODEL, *_MEASURED, *_ACTIVATIONS),
+            _spec("evaluate_control", *_MODEL, *_MEASURED, "evaluation.baselines"),
             _spec("score_requests", *_MODEL, "evaluation.requests", "evaluation.batch_tokens"),
         )
     }
@@ -67,6 +69,7 @@ SPECS: Mapping[str, StepSpec] = MappingProxyType(
 JOINT = replace(SPECS["weight_distill"], fields=tuple(sorted({*SPECS["weight_distill"].fields, *_ACTIVATIONS})))
 SMOOTH_KEYS = replace(SPECS["ptq_init"], fields=tuple(sorted({*SPECS["ptq_init"].fields, "ptq_init.key_smoothing", "scheme.kv_bits"})))
 AFTER = MappingProxyType({"stage1": "ptq_init", "stage2": "weight_distill", "stage3": "act_quant"})  # rows that are the model after a stage
+UNPACKED = ("nf4", "int8")  # rows that are the teacher with its linears in a format of bitsandbytes
 SWEEPS = ("ptq_init", "weight_distill", "act_quant")  # stages that go through the model block by block
 STAGES = (*SWEEPS, "end_to_end")  # the steps that hand a student on
 
@@ -129,7 +132,8 @@ def plan(config: RunConfig) -> tuple[PlannedStep, ...]:
             student = name
     if student:
         steps += _measured(config, "final", student)
-        for row in config.evaluation.baselines:
+    for row in config.evaluation.baselines:
+        if student or row in UNPACKED:
             steps += baseline_steps(config, row)
     if config.evaluation.requests:
         steps.append(PlannedStep("teacher/score_requests", SPECS["score_requests"], config, "teacher"))
@@ -147,8 +151,10 @@ def _measured(config: RunConfig, row: str, student: str) -> list[PlannedStep]:
 
 def baseline_steps(config: RunConfig, row: str) -> list[PlannedStep]:
     """The steps of a row beside the final one, packed (without a benchmark) and evaluated: the student after a stage, or stage 1
-    under `baseline_config`."""
+    under `baseline_config`. An unpacked one is evaluated alone."""
     changed = baseline_config(config, row)
+    if row in UNPACKED:
+        return [PlannedStep(f"{row}/evaluate_control", SPECS["evaluate_control"], changed, row)]
     if row in AFTER:
         return _measured(changed, row, AFTER[row])
     start = PlannedStep(f"{row}/ptq_init", spec_of("ptq_init", changed), changed, row)
@@ -156,10 +162,13 @@ def baseline_steps(config: RunConfig, row: str) -> list[PlannedStep]:
 
 
 def baseline_config(config: RunConfig, row: str) -> RunConfig:
-    """stage1, stage2, stage3: as configured; stage1_explicit: four stored levels, G=64; rtn: those by rounding to nearest, uncompensated.
+    """stage1, stage2, stage3: as configured; stage1_explicit: four stored levels, G=64; rtn: those by rounding to nearest, uncompensated;
+    nf4, int8: the one of `evaluation.baselines` that the step takes.
 
-    Rows beside the final one are measured by perplexity alone: zero-shot tasks would double the time of a run.
+    Packed rows beside the final one are measured by perplexity alone: zero-shot tasks would double the time of a run.
     """
+    if row in UNPACKED:
+        return replace(config, evaluation=replace(config.evaluation, baselines=(row,)))
     changed = replace(config, pack=replace(config.pack, benchmark=False, sample_tokens=0), evaluation=replace(config.evaluation, tasks=()))
     if row in ("stage1_explicit", "rtn"):
         changed = replace(changed, scheme=replace(changed.scheme, level_mode="explicit", level_family="free", group_size=64))
@@ -177,6 +186,7 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
     from lbllm_core.data.tokens import data_digest, evaluation_digest
     from lbllm_core.engine.hardware import resolve
     from lbllm_core.evaluation.request_file import located
+    from lbllm_core.model.bitsandbytes_linear import library
     from lbllm_core.model.load import teacher_digest
     from lbllm_core.model.store import file_digest
 
@@ -194,6 +204,8 @@ def facts(spec: StepSpec, config: RunConfig, home: Path, weights: str = "") -> d
         found["evaluation data"] = evaluation_digest(config)
     if "evaluation.requests" in spec.fields:
         found["requests"] = file_digest(located(config.evaluation.requests))
+    if spec.name == "evaluate_control":
+        found["bitsandbytes"] = library().__version__
     if spec.name == "pack_and_benchmark":  # the products are the same on every path, their speed is not
         found["CPU kernels"] = _kernels()
     return found

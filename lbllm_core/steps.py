@@ -8,6 +8,7 @@
     end_to_end           student                    student, activations.json
     pack_and_benchmark   student                    packed/ (a model folder), packing.json, samples.json
     evaluate_model       packed, teacher            metrics only
+    evaluate_control     -                          metrics only
     score_requests       packed, or nothing         scores.safetensors
 
 Stages are pure; files are touched here and in the ledger. `curves.json` holds what is a curve rather than a number:
@@ -218,6 +219,25 @@ def evaluate_model(context: StepContext) -> Metrics:
 
     c = context.config
     return _measure(context, packed_of(c, context.home, context.inputs["packed"] / "packed"), teacher_tokenizer(c.model, context.home))
+
+
+def evaluate_control(context: StepContext) -> Metrics:
+    """The protocols and tasks of the config on the teacher with its linears in a format of bitsandbytes, the only word of `evaluation.baselines`.
+
+    Metrics: also bits itemised, and what the model would take on disk with everything but those linears in 16 bits.
+    """
+    from lbllm_core.evaluation.last_states import Streamed, teacher_of
+    from lbllm_core.model.bitsandbytes_linear import replace_linears
+    from lbllm_core.model.blocks import Decoder
+
+    (control,) = context.config.evaluation.baselines
+    model, tokenizer = teacher_of(context.config, context.home)
+    decoder = model.decoder if isinstance(model, Streamed) else Decoder(model)
+    parameters = sum(p.numel() for p in decoder.model.parameters())
+    bits = replace_linears(decoder, control)
+    size = {"disk_mb": (2 * (parameters - bits.weights) + bits.total / 8) / 1e6, "effective_bpw": bits.effective_bpw}
+    size |= {f"bpw_{name}": value for name, value in bits.per_weight().items()}
+    return {f"size/{name}": value for name, value in size.items()} | dict(_measure(context, model, tokenizer))
 
 
 def score_requests(context: StepContext) -> Metrics:

@@ -62,6 +62,7 @@ SECTION_OF = {
     "end_to_end": "stage4",
     "pack_and_benchmark": "pack",
     "evaluate_model": "eval",
+    "evaluate_control": "eval",
     "score_requests": "eval",
 }
 

@@ -295,6 +295,7 @@ WORK: Mapping[str, Callable[[RunConfig, Shapes], Work]] = MappingProxyType(
         "end_to_end": _end_to_end,
         "pack_and_benchmark": _pack,
         "evaluate_model": _evaluate,
+        "evaluate_control": _evaluate,
         "score_requests": _score_requests,
     }
 )

@@ -57,6 +57,8 @@ def check_inputs(config: RunConfig, home: Path) -> Shapes:
     """The model's shapes, when model, text, evaluation data and device are all there. Raises what is wrong, all at once."""
     from lbllm_core.data.tokens import evaluation_digest
     from lbllm_core.evaluation.request_file import located, read_requests
+    from lbllm_core.model.bitsandbytes_linear import library
+    from lbllm_core.pipeline import UNPACKED
 
     shapes: list[Shapes] = []
     checks: tuple[Callable[[], object], ...] = (
@@ -65,6 +67,7 @@ def check_inputs(config: RunConfig, home: Path) -> Shapes:
         lambda: check_text(config, *shapes),
         lambda: evaluation_digest(config),
         lambda: read_requests(located(config.evaluation.requests)) if config.evaluation.requests else None,
+        lambda: library() if set(UNPACKED) & set(config.evaluation.baselines) else None,
     )
     problems: list[LbllmError] = []
     for check in checks:

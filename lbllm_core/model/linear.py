@@ -11,7 +11,7 @@ Three views of one weight, all giving `W_q (out, in)` in the forward pass:
 Levels are learned as fractions of the row's largest (levels / 127) and row scales as exponents of a gain, so that one learning
 rate means the same relative step in every row of every model. Levels are rounded to the int8 grid of the packed format inside
 the forward pass (straight-through), so that what is trained is what will be packed and the final snap changes nothing; the
-INT2 controls round to what their family can store (`quant/uniform.py`); the family `real` leaves them unrounded until they are packed. A table may be shared by the linears of a site: it is
+controls round to what their family can store (`quant/uniform.py`); the family `real` leaves them unrounded until they are packed. A table may be shared by the linears of a site: it is
 the same `nn.Parameter` object in each of them.
 """
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_core import fused
-from lbllm_core.quant.uniform import affine_levels, as_affine, to_family_grid
+from lbllm_core.quant.uniform import projected, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
     OutlierColumns,
@@ -138,8 +138,7 @@ def grid_ste(levels: Tensor, family: str = "free") -> Tensor:
     """Ascending levels as their family will store them; the gradient is that of the identity (of the projection, where steps are equal)."""
     if family == "real":
         return _Through.apply(levels.detach().clamp(-GRID, GRID), levels)  # type: ignore[no-any-return, no-untyped-call]
-    smooth = levels if family == "free" else affine_levels(*as_affine(levels))
-    return _Through.apply(to_family_grid(levels.detach(), family), smooth)  # type: ignore[no-any-return, no-untyped-call]
+    return _Through.apply(to_family_grid(levels.detach(), family), projected(levels, family))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LevelStore(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lbllm_core.config import RunConfig
-from lbllm_core.pipeline import baseline_config, why_skipped
+from lbllm_core.pipeline import UNPACKED, baseline_config, why_skipped
 from lbllm_core.report.records import Record
 
 PREFIXES = ("ppl_", "acc_")
@@ -30,7 +30,7 @@ def control_of(config: RunConfig, stages: tuple[int, ...]) -> str:
         return "bwa"
     if s.level_family == "free":
         return "none"
-    return "int2" if s.level_family == "int2" else "affine_cb" if s.level_mode == "codebook" else "affine8"
+    return s.level_family if s.level_family in ("int2", "residual") else "affine_cb" if s.level_mode == "codebook" else "affine8"
 
 
 def stages_of(config: RunConfig, row: str) -> tuple[int, ...]:
@@ -44,6 +44,8 @@ def row_context(config: RunConfig, row: str, effective_bpw: float | None = None)
     context: dict[str, Any] = {"model": config.model.name, "experiment": config.experiment, "seed": config.seed, "row": row}
     if row == "teacher":
         return context | {"scheme": "bf16", "control": "none", "packed": False}
+    if row in UNPACKED:
+        return context | {"scheme": row, "control": row, "effective_bpw": effective_bpw, "packed": False}
     used = baseline_config(config, row) if row != "final" else config
     s, stages = used.scheme, stages_of(used, row)
     sequences = [used.ptq_init.sequences, used.weight_distill.sequences, used.act_quant.sequences, used.dataset.sequences]

@@ -18,11 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lbllm_core.config import SIX
+from lbllm_core.pipeline import UNPACKED
 from lbllm_core.report.records import Record
 from lbllm_core.report.tables import Cells, is_accuracy, markdown, stderr_name
 
 PROTOCOLS = ("ppl_wikitext2_s2048", "ppl_ptb_s2048", "ppl_c4_s2048")
-LEVELS = {"none": "free", "affine8": "affine8", "affine_cb": "affine", "int2": "INT2", "rtn": "rounded", "joint": "free, joint training", "bwa": "free, predecessor"}
+LEVELS = {"none": "free", "affine8": "affine8", "affine_cb": "affine", "int2": "INT2", "residual": "residual", "nf4": "NF4", "int8": "INT8", "rtn": "rounded", "joint": "free, joint training", "bwa": "free, predecessor"}
 ABOVE_CHANCE = ("arc_easy", "hellaswag", "piqa")  # `zero_shot_table` says why
 _MMLU = re.compile(r"acc_mmlu(_n\d+)?")  # all subjects, complete or limited; acc_mmlu_<subject> is no figure of the table
 Line = tuple[Any, ...]
@@ -33,6 +34,8 @@ def levels_of(record: Mapping[str, Any]) -> str:
     if record["row"] == "teacher":
         return "teacher"
     kind = LEVELS.get(str(record["control"]), str(record["control"]))
+    if record["row"] in UNPACKED:
+        return f"bitsandbytes {kind}"
     latent = ", latent W and G" if record.get("parameterization") == "latent" else ""
     stored = "table, " if record["level_mode"] == "codebook" else ""
     return f"{stored}{kind}, G={record['group_size']}{latent}"
@@ -42,6 +45,8 @@ def activations_of(record: Mapping[str, Any]) -> str:
     """`A16`, `A4 piecewise`, `A4 uniform KV4`."""
     if record["row"] == "teacher":
         return ""
+    if record["row"] in UNPACKED:  # INT8 rounds its activations too
+        return "A8" if record["row"] == "int8" else "A16"
     variant = record["act_variant"]
     return ("A16" if variant == "none" else f"A4 {variant}") + (" KV4" if record["kv_bits"] == 4 else "")
 
@@ -56,8 +61,7 @@ def lines_of(records: Iterable[Record]) -> dict[Line, dict[str, dict[int, float]
     """Line -> figure -> seed -> value. A line: experiment, levels, activations, stages, tokens."""
     found: dict[Line, dict[str, dict[int, float]]] = {}
     for r in records:
-        teacher = r["row"] == "teacher"
-        line = ("" if teacher else r["experiment"], levels_of(r), activations_of(r), r.get("stages", ""), r.get("tokens", 0))
+        line = ("" if r["row"] in ("teacher", *UNPACKED) else r["experiment"], levels_of(r), activations_of(r), r.get("stages", ""), r.get("tokens", 0))
         figures = found.setdefault(line, {})
         figures.setdefault(str(r["name"]), {})[int(r["seed"])] = float(r["value"])
         if r.get("effective_bpw"):
@@ -73,13 +77,13 @@ def method_table(records: Iterable[Record], model: str) -> str:
     for line, figures in sorted(lines.items(), key=_order):
         values = []
         for protocol in PROTOCOLS:
-            seeds = list(figures.get(protocol, {}).values())[: 1 if line[1] == "teacher" else None]  # no seed moves the teacher
+            seeds = list(figures.get(protocol, {}).values())[: None if line[0] else 1]  # no seed moves what no experiment made
             top = list(ceiling.get(protocol, {}).values())
             ratio = f" (x{statistics.fmean(seeds) / statistics.fmean(top):.2f})" if seeds and top and line[1] != "teacher" else ""
             values.append(spread(seeds) + ratio if seeds else "")
         bits = figures.get("effective_bpw", {})
         tokens = f"{line[4] / 1e6:.2f} M" if line[4] else ""
-        count = 1 if line[1] == "teacher" else max(len(figures.get(p, {})) for p in PROTOCOLS)
+        count = 1 if not line[0] else max(len(figures.get(p, {})) for p in PROTOCOLS)
         cells.append([line[0], line[1], line[2], line[3], tokens, f"{statistics.fmean(bits.values()):.3f}" if bits else "", *values, str(count)])
     return markdown(cells)
 

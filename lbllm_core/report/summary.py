@@ -13,7 +13,7 @@ from typing import Any
 from lbllm_core.pipeline import Finished
 from lbllm_core.report.tables import ROW_TITLES, Cells
 
-MEASURING = ("evaluate_teacher", "pack_and_benchmark", "evaluate_model")
+MEASURING = ("evaluate_teacher", "pack_and_benchmark", "evaluate_model", "evaluate_control")
 OF_TEACHER = "teacher_"
 
 

@@ -19,6 +19,8 @@ from lbllm_core.report.records import Record
 Cells = list[list[str]]
 ROW_TITLES = {
     "teacher": "teacher",
+    "int8": "bitsandbytes INT8",
+    "nf4": "bitsandbytes NF4",
     "rtn": "round to nearest",
     "stage1_explicit": "stage 1, explicit levels",
     "stage1": "stage 1 only",

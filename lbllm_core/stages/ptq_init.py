@@ -34,7 +34,7 @@ from lbllm_core.model.smoothing import SiteStatistics, smooth
 from lbllm_core.model.student import BlockState
 from lbllm_core.quant.error_compensation import inverse_factor, quantize_columns, sweep_order
 from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels
-from lbllm_core.quant.uniform import fit_affine, fit_int2, round_to_nearest, to_family_grid
+from lbllm_core.quant.uniform import FITS, round_to_nearest, to_family_grid
 from lbllm_core.quant.weight import (
     GRID,
     QuantizedWeight,
@@ -276,7 +276,7 @@ def _with_explicit_levels(w: Tensor, hessian: Tensor | None, importance: Tensor,
         if config.method == "rtn":
             made = round_to_nearest(w)
         elif scheme.level_family != "free":
-            made = (fit_affine if scheme.level_family == "affine" else fit_int2)(w, h)
+            made = FITS[scheme.level_family](w, h)
         else:
             made = fit_levels(w, h, config.em_rounds, config.em_starts)
         levels[:, group] = made

@@ -22,6 +22,11 @@ def test_uniform_int2_has_no_row_scale(group, expected):
     assert linear_bits(576, 576, group, bill="int2").effective_bpw == expected
 
 
+@pytest.mark.parametrize(("group", "expected"), [(128, 2.25), (64, 2.5)])
+def test_residual_binarization_has_two_scales_a_group(group, expected):
+    assert linear_bits(512, 512, group, bill="residual").effective_bpw == expected
+
+
 def test_small_layers_pay_for_their_table():
     bits = linear_bits(576, 576, 32, 256).per_weight()
     assert bits["row_scales"] == pytest.approx(32 / 576)
@@ -42,11 +47,12 @@ def test_sums_keep_the_items_apart():
 
 
 def test_outliers_are_charged():
-    assert linear_bits(10, 128, 128, outliers=4).items["outliers"] == 8 * 40 + 320 + 32 * 128
+    for bill in ("lut8", "int2", "residual"):
+        assert linear_bits(10, 128, 128, outliers=4, bill=bill).items["outliers"] == 8 * 40 + 320 + 32 * 128
 
 
 def test_unknown_bill():
-    with pytest.raises(ValueError, match="lut8, int2, affine8"):
+    with pytest.raises(ValueError, match="lut8, int2, affine8, residual"):
         linear_bits(1, 4, 4, bill="fp4")
 
 

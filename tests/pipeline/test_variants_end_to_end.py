@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from gpu_products import GpuProducts
 from lbllm_kernels.activation import POWERS_OF_TWO
 
@@ -107,6 +108,20 @@ def test_levels_off_the_grid_are_packed_on_it(home):
     assert perplexity(figures) < 20
 
 
+def test_residual_binarization_trains_packs_and_stays_one(home):
+    words = ["scheme=w1p1a16", "scheme.level_mode=explicit", "scheme.level_family=residual", "scheme.group_size=64", "weight_distill.epochs=1", "end_to_end.steps=3", "evaluation.baselines=[stage1]"]
+    config, figures, folder = run(home, *words)
+    assert figures["pack/logits_sqnr_db"] > 60
+    assert figures["size/effective_bpw"] == pytest.approx(2 + figures["size/bpw_group_scales"])
+    assert figures["size/bpw_group_scales"] > 0.5  # 172 columns are three groups of 64
+    assert control_of(config, (1, 2, 4)) == "residual"
+    for _, linear in packed_linears(load_packed(folder)):
+        levels = linear.packed().levels.view(torch.int8).view(-1, 4).int()
+        assert torch.equal(levels, -levels.flip(-1))
+        assert bool((levels[..., 2:].sum(-1) % 2 == 0).all())  # a is a whole number
+    assert perplexity(figures) < 20
+
+
 def test_stage_2_is_known_by_the_activations_only_when_it_trains_them():
     apart, joint = compose(QUICK), compose([*QUICK, "weight_distill.joint=true"])
     assert spec_of("weight_distill", apart) is SPECS["weight_distill"]
@@ -121,6 +136,7 @@ def test_stage_2_is_known_by_the_activations_only_when_it_trains_them():
         (["scheme.snap_levels=false", "scheme.level_family=affine"], "choose scheme.level_family=free"),
         (["scheme=w2a16", "weight_distill=latent"], "choose scheme.level_family=free or weight_distill.parameterization=nearest"),
         (["scheme=w2a16", "scheme.level_family=int2", "weight_distill=latent"], "scheme.level_family=int2 cannot store"),
+        (["scheme.level_family=residual"], "residual has two scales for each group and no table; choose scheme.level_mode=explicit"),
         (["weight_distill.joint=true", "scheme.act_bits=16"], "no activations to train"),
         (["weight_distill.joint=true", "weight_distill.enabled=false"], "weight_distill.enabled=false leaves out"),
         (["weight_distill.joint=true", "evaluation.baselines=[stage3]"], "weight_distill.joint=true leaves out"),

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbllm_core.quant.level_fit import choose_entries, fit_codebook, fit_levels, level_masses
-from lbllm_core.quant.uniform import fit_affine, fit_int2, nearest_affine, round_to_nearest
+from lbllm_core.quant.uniform import (
+    as_residual,
+    fit_affine,
+    fit_int2,
+    fit_residual,
+    nearest_affine,
+    residual_levels,
+    round_to_nearest,
+    to_family_grid,
+)
 from lbllm_core.quant.weight import (
     GRID,
     dequantize,
@@ -278,3 +287,55 @@ def test_int2_beats_rounding_and_loses_to_a_free_offset():
     grid = torch.linspace(0.05, 2, 400)
     brute = torch.stack([weighted_error(w, h, s * (torch.arange(4.0) - z).expand(60, 4)) for s in grid for z in range(4)]).amin(0)
     assert float((weighted_error(w, h, made) / brute).median()) < 1.02
+
+
+def test_residual_binarization_has_the_least_error_of_its_levels():
+    """No pair of a grid is better, the published means are worse, four free levels are better."""
+    g = torch.Generator().manual_seed(12)
+    w, h = torch.randn(60, 32, generator=g), torch.rand(60, 32, generator=g)
+    made = weighted_error(w, h, fit_residual(w, h))
+    a = (h * w.abs()).sum(-1, keepdim=True) / h.sum(-1, keepdim=True)
+    b = (h * (w - a * w.sign()).abs()).sum(-1, keepdim=True) / h.sum(-1, keepdim=True)
+    published = weighted_error(w, h, residual_levels(a, b))
+    assert bool((made <= published * 1.00001).all())
+    assert float(weighted_error(w, h, fit_levels(w, h)).sum()) < float(made.sum()) < float(published.sum())
+    scales = torch.linspace(0.01, 2.5, 120)
+    brute = torch.full((60,), float("inf"))
+    for i, one in enumerate(scales):
+        for other in scales[: i + 1]:
+            brute = torch.minimum(brute, weighted_error(w, h, residual_levels(one.view(1, 1), other.view(1, 1)).expand(60, 4)))
+    assert bool((made <= brute * 1.00001).all())
+    assert float((brute / made).mean()) < 1.02
+
+
+def test_residual_levels_of_groups_that_lack_something():
+    """One spike, only zeros, two weights that count for something, no importance, a single size: levels stay ascending, `±a ± b`, finite."""
+    w, h = torch.zeros(5, 16), torch.ones(5, 16)
+    w[0, 3] = 1.0
+    w[2:4] = torch.randn(2, 16, generator=gen(1))
+    h[2, 2:], h[3] = 0, 0
+    w[4] = 0.5
+    made = fit_residual(w, h)
+    assert bool(torch.isfinite(made).all())
+    assert bool((made.diff(dim=-1) >= 0).all())
+    assert torch.allclose(made, -made.flip(-1))
+    assert torch.equal(made[1], torch.zeros(4))
+    assert torch.allclose(made[4], torch.tensor([-0.5, -0.5, 0.5, 0.5]))
+    assert bool((weighted_error(w, h, made)[[0, 2]] < 1e-9).all())
+    assert bool((made[3] == fit_residual(w[3:4], torch.ones(16))[0]).all())
+
+
+@given(st.integers(1, 30), st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_the_grid_of_residual_binarization(rows, seed):
+    """Levels on it are two integers' sums and differences; it keeps what is on it, and moves what is near by little."""
+    levels = (torch.randn(rows, 4, generator=gen(seed)) * 10 ** (seed % 4)).clamp(-300, 300).sort(-1).values
+    made = to_family_grid(levels, "residual")
+    a, b = as_residual(made)
+    assert torch.equal(residual_levels(a, b), made)
+    assert torch.equal(a, a.round())
+    assert torch.equal(b, b.round())
+    assert bool(((a >= b) & (b >= 0) & (a + b <= GRID)).all())
+    assert torch.equal(to_family_grid(made, "residual"), made)
+    near = residual_levels(a + 0.3, (b - 0.3).clamp_min(0))
+    assert float((to_family_grid(near, "residual") - near).abs().max()) <= 1.01

@@ -350,9 +350,9 @@ def test_building_does_not_touch_the_teacher(make_model):
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["affine", "int2"])
+@pytest.mark.parametrize("family", ["affine", "int2", "residual"])
 def test_controls_stay_in_their_family_while_they_train(family):
-    """After any disturbance the levels are base + c * step with both on the grid, or step * (c - zero): never four free ones."""
+    """After any disturbance the levels are base + c * step with both on the grid, or step * (c - zero), or ±a ± b: never four free ones."""
     view, q = view_of("nearest", latent_of(10, 64), 16, "explicit")
     view = NearestWeight(q, view.latent.detach(), family=family)
     disturb(view, 0.2)
@@ -362,6 +362,10 @@ def test_controls_stay_in_their_family_while_they_train(family):
     if family == "affine":
         assert bool((steps == steps[..., :1]).all())
         assert bool((steps[..., 0] >= 0).all())
+    elif family == "residual":
+        assert torch.equal(stored.levels, -stored.levels.flip(-1))
+        assert bool((steps >= 0).all())
+        assert torch.equal(stored.levels[..., 2:].sum(-1) % 2, torch.zeros(10, 4))  # a is a whole number
     else:
         step = (stored.levels[..., 3:] - base) / 3
         zero = (-base / step.clamp_min(1e-6)).round()

@@ -157,7 +157,7 @@ def test_divergence_and_its_gradient_by_one_kernel(vocabulary, monkeypatch):
 
 @inside
 @pytest.mark.parametrize("codes_given", [False, True])
-@pytest.mark.parametrize(("family", "mode"), [("free", "explicit"), ("free", "codebook"), ("affine", "codebook"), ("int2", "explicit")])
+@pytest.mark.parametrize(("family", "mode"), [("free", "explicit"), ("free", "codebook"), ("affine", "codebook"), ("int2", "explicit"), ("residual", "explicit")])
 def test_a_weight_made_by_one_kernel(family, mode, codes_given, monkeypatch):
     from lbllm_core.model import linear
     from lbllm_core.quant.weight import QuantizedWeight, to_grid
