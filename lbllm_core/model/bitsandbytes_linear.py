@@ -6,6 +6,7 @@
 | `int8`  | `Linear8bitLt` | -127..127 times the largest of a row, of weights that were in fp16 first | INT8 by token, without outlier channels   |
 
 Outlier channels (LLM.int8) are those that hold a value of THRESHOLD or more; they are multiplied in floating point by the INT8 weights.
+They are chosen over all tokens of a forward pass, so that the figures of `int8` depend a little on `evaluation.batch_tokens`.
 Double quantization of NF4's scales is off. Embedding, norms and head stay the teacher's, so that the rows differ from it and from ours in
 the linears alone. A decoder that is read block by block is quantized block by block, each time a block is read.
 """
