@@ -69,28 +69,28 @@ def lines_of(records: Iterable[Record]) -> dict[Line, dict[str, dict[int, float]
     return found
 
 
-def method_table(records: Iterable[Record], model: str) -> str:
-    """Markdown: experiment, levels, activations, stages, tokens, bits, the three perplexities, seeds; best WikiText-2 first in each block."""
-    lines = lines_of(r for r in records if r["model"] == model and (str(r["name"]) in PROTOCOLS))
+def method_table(records: Iterable[Record], model: str, protocols: Sequence[str] = PROTOCOLS) -> str:
+    """Markdown: experiment, levels, activations, stages, tokens, bits, the perplexities, seeds; the best by the first protocol first in each block."""
+    lines = lines_of(r for r in records if r["model"] == model and (str(r["name"]) in protocols))
     ceiling = next((figures for line, figures in lines.items() if line[1] == "teacher"), {})
-    cells: Cells = [["experiment", "levels", "activations", "stages", "tokens", "bits a weight", *(p.removeprefix("ppl_") for p in PROTOCOLS), "seeds"]]
-    for line, figures in sorted(lines.items(), key=_order):
+    cells: Cells = [["experiment", "levels", "activations", "stages", "tokens", "bits a weight", *(p.removeprefix("ppl_") for p in protocols), "seeds"]]
+    for line, figures in sorted(lines.items(), key=lambda item: _order(item, protocols[0])):
         values = []
-        for protocol in PROTOCOLS:
+        for protocol in protocols:
             seeds = list(figures.get(protocol, {}).values())[: None if line[0] else 1]  # no seed moves what no experiment made
             top = list(ceiling.get(protocol, {}).values())
             ratio = f" (x{statistics.fmean(seeds) / statistics.fmean(top):.2f})" if seeds and top and line[1] != "teacher" else ""
             values.append(spread(seeds) + ratio if seeds else "")
         bits = figures.get("effective_bpw", {})
         tokens = f"{line[4] / 1e6:.2f} M" if line[4] else ""
-        count = 1 if not line[0] else max(len(figures.get(p, {})) for p in PROTOCOLS)
+        count = 1 if not line[0] else max(len(figures.get(p, {})) for p in protocols)
         cells.append([line[0], line[1], line[2], line[3], tokens, f"{statistics.fmean(bits.values()):.3f}" if bits else "", *values, str(count)])
     return markdown(cells)
 
 
-def _order(item: tuple[Line, dict[str, dict[int, float]]]) -> tuple[Any, ...]:
+def _order(item: tuple[Line, dict[str, dict[int, float]]], protocol: str) -> tuple[Any, ...]:
     (experiment, levels, activations, stages, _), figures = item
-    quality = statistics.fmean(figures[PROTOCOLS[0]].values()) if PROTOCOLS[0] in figures else float("inf")
+    quality = statistics.fmean(figures[protocol].values()) if protocol in figures else float("inf")
     return (levels != "teacher", activations, stages, quality, experiment)
 
 

@@ -71,6 +71,14 @@ def strength_table(content: Mapping[str, Any]) -> str:
     return method_table(content["records"], MODEL)
 
 
+CPU_PROTOCOL = "ppl_embedded_16k"
+
+
+def controls_table(content: Mapping[str, Any]) -> str:
+    """What other formats make of the same model, and stage 1 of each level family, at the budget of a CPU."""
+    return method_table(content["records"], MODEL, (CPU_PROTOCOL,))
+
+
 def desk_table(content: Mapping[str, Any]) -> str:
     """How long a comparison of a full store takes, and how true the time left is."""
     words = {
@@ -128,6 +136,7 @@ TABLES: Mapping[str, Source] = MappingProxyType(
         "desk": Source(("desk.json",), desk_table),
         "method": Source(SEEDS, strength_table, _perplexity),
         "order": Source(("order_h100.json",), strength_table, _perplexity),
+        "controls": Source(("controls_cpu.json",), controls_table, lambda r: _ours(r) and r["name"] == CPU_PROTOCOL),
         "zero_shot": Source(SEEDS, lambda content: zero_shot_table(content["records"], MODEL), lambda r: _ours(r) and str(r["name"]).startswith("acc_")),
         "ablations": Source(("ablations_h200.json",), lambda content: ablation_tables(content["records"], MODEL), lambda r: _perplexity(r) and r["row"] in ("final", "teacher"), ABLATIONS),
         "kernels_h200": _of("kernels_h200.json", product_table, "cublas_fp16"),
