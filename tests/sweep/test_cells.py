@@ -105,7 +105,7 @@ def test_ablations_over_another_recipe() -> None:
     name, found = cells.cells(request)
     known = [experiment for experiment in groups()["experiment"] if experiment.startswith("ablation_")]
     assert [cell.title for cell in found] == [f"smollm2_135m {experiment} seed 0" for experiment in known]
-    assert (len(found), len({digest(cell.config, list(SECTIONS)) for cell in found})) == (72, 59)
+    assert (len(found), len({digest(cell.config, list(SECTIONS)) for cell in found})) == (73, 61)
     assert all("base=method_ablations" in cell.overrides for cell in found)
     assert {cell.config.end_to_end.steps for cell in found} == {80}, "the recipe's, not the default's"
     assert name != default_name(Request(("smollm2_135m",), ("ablations",))), "another base is another sweep"
