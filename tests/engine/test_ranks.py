@@ -35,7 +35,7 @@ CONFIG = RunConfig(
     model=ModelConfig(context=128),
     dataset=DatasetConfig(sequences=8),
     scheme=SchemeConfig(codebook_size=16),
-    ptq_init=PtqInitConfig(sequences=8),
+    ptq_init=PtqInitConfig(sequences=8, codebook_rounds=3),  # after many rounds a sum in another order may have revived another entry of a table
     weight_distill=WeightDistillConfig(sequences=8, batch_size=4, epochs=2),
     act_quant=ActQuantConfig(sequences=8, batch_size=4),
     hardware=HardwareConfig(device="cpu", compute_dtype="fp32", threads=1),
@@ -85,7 +85,7 @@ def test_two_processes_are_one_with_the_same_batches(stage, home, tmp_path, monk
         assert a.keys() == b.keys()
         codes = [k for k in a if k.endswith(".codes")]
         differing = sum(int((a[k] != b[k]).sum()) for k in codes) / sum(a[k].numel() for k in codes)
-        assert differing < (0.05 if index == 0 else 0.2)  # sums in another order move a few codes, or an entry of one table, and errors feed on
+        assert differing < (0.02 if index == 0 else 0.2)  # sums in another order move a few codes, and errors feed on
     figures = [Ledger(folder).figures(0) for folder in (alone, together)]
     if "loss_before" in figures[0]:
         assert figures[1]["loss_before"] == pytest.approx(figures[0]["loss_before"], rel=1e-4)
