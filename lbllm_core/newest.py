@@ -1,7 +1,8 @@
-"""Finding the packed model that a person means: the one they name, or the newest that this home folder finished; and which run made it.
+"""Finding the packed model that a person means: the one they name, or the newest that a run of this home folder ended with; and which run made it.
 
 A packed model lies in `artifacts/pack_and_benchmark/<key>/packed`. Only folders with a manifest are finished. The manifest names the run that
 built the folder; a run that found it there may be called otherwise, and a folder that was carried elsewhere has none: a person can say it instead.
+A run packs the rows beside its final one (`stage1`, `rtn`) after it: they are newer, and not what is meant.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ def finished(home: Path, step: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def packed_folder(home: Path, named: str = "") -> Path:
-    """The packed model at `named`, or the newest one of `home`. Raises ArtifactError with what to run."""
+    """The packed model at `named`, or the newest final one of `home` (without one, the newest). Raises ArtifactError with what to run."""
     if named:
         folder = Path(named).expanduser()
         for candidate in (folder, folder / "packed"):
             if (candidate / "config.json").is_file():
                 return candidate
         raise ArtifactError(f"{folder} holds no model (no config.json); give the folder that `make run` printed as the packed model, or one made by make export")
-    for folder, _ in finished(home, STEP):
-        if (folder / "packed" / "config.json").is_file():
-            return folder / "packed"
+    whole = [(folder / "packed", manifest) for folder, manifest in finished(home, STEP) if (folder / "packed" / "config.json").is_file()]
+    final = [packed for packed, manifest in whole if manifest.get("made_for", {}).get("row", "final") == "final"]
+    if whole:
+        return final[0] if final else whole[0][0]
     raise ArtifactError(f"no packed model in {home} yet; run `make run` first, or name one: MODEL_DIR=folder")
 
 

@@ -45,7 +45,7 @@ def run_pipeline(config: RunConfig, home: Path, report: Report | None = None, he
         log.info("%s: skipped, %s", name, reason)
     for step in plan(config):
         inputs = {role: handles[source] for role, source in step.inputs.items()}
-        handle = run_step(step.spec, step.config, inputs, home, report or Terminal(), facts(step.spec, step.config, home))
+        handle = run_step(step.spec, step.config, inputs, home, report or Terminal(), facts(step.spec, step.config, home), step.row)
         handles[step.name] = handle
         if step.name == "evaluate_teacher":
             check_gate(config, handle)

@@ -101,7 +101,7 @@ class Step:
             return f"{self.name}/{asked[-1][:16]}/{PREFECT_RECORD}" if asked[-1] else None
 
         prefect_task = Task(
-            fn=partial_body(self.name, run.listener.progress if curves else silent),
+            fn=partial_body(self.name, run.listener.progress if curves else silent, run.row),
             name=self.name,
             task_run_name=self.name if run.row == "final" else f"{run.row}: {self.name}",
             persist_result=True,
@@ -113,7 +113,7 @@ class Step:
         return cast("State[Any]", state), asked[-1] if asked else ""
 
 
-def partial_body(name: str, heard: Report) -> Callable[..., dict[str, Any]]:
+def partial_body(name: str, heard: Report, row: str) -> Callable[..., dict[str, Any]]:
     """The function that Prefect runs for a step: everything it needs comes as plain values."""
 
     def body(config: dict[str, Any], upstream: dict[str, Any], home: str) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def partial_body(name: str, heard: Report) -> Callable[..., dict[str, Any]]:
 
         typed, inputs = config_from_dict(config), _handles(upstream)
         spec = pipeline.spec_of(name, typed)
-        handle = run_step(spec, typed, inputs, Path(home), report, pipeline.facts(spec, typed, Path(home)))
+        handle = run_step(spec, typed, inputs, Path(home), report, pipeline.facts(spec, typed, Path(home)), row)
         return handle.to_dict() | {"reused": handle.reused}
 
     body.__name__ = body.__qualname__ = name

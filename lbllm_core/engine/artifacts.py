@@ -141,9 +141,9 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 
 def run_step(
-    spec: StepSpec, config: RunConfig, inputs: Mapping[str, Handle], home: Path, report: Report = silent, extra: Mapping[str, str] | None = None
+    spec: StepSpec, config: RunConfig, inputs: Mapping[str, Handle], home: Path, report: Report = silent, extra: Mapping[str, str] | None = None, row: str = "final"
 ) -> Handle:
-    """The step's artifact: the one on disk when it is finished and sound, else built (or continued) now.
+    """The step's artifact: the one on disk when it is finished and sound, else built (or continued) now, for this row of the run's table.
 
     A second process that asks for the same artifact waits for the first and reuses. Raises what the step raises; its
     finished blocks stay for the next attempt.
@@ -162,7 +162,7 @@ def run_step(
             folders = {role: upstream.folder(home) for role, upstream in inputs.items()}
             metrics = spec.run(StepContext(visible(config, spec.fields), folders, folder, home, listener))
         release()
-        return _publish(folder, key, parts, inputs, metrics, {"model": config.model.name, "experiment": config.experiment, "seed": config.seed})
+        return _publish(folder, key, parts, inputs, metrics, {"model": config.model.name, "experiment": config.experiment, "seed": config.seed, "row": row})
 
 
 def sound(folder: Path) -> Handle | None:
