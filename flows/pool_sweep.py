@@ -1,9 +1,9 @@
 """A sweep whose cells are run by the workers of a Prefect work pool: sent, looked at, sent again when their worker was lost.
 
 The artifacts of a cell lie in the home folder that the machines share, so the worker that gets a lost cell goes on from its
-last finished block, and cells that need the same step wait for each other at its lock. The sender is only one who looks on:
-when it is killed the workers go on, and the same command finds the runs that it had sent. An interrupt takes back what has not
-begun.
+last finished block, and cells that need the same step wait for each other at its lock: they are sent in an order (`apart`) in
+which workers that begin together build different things. The sender is only one who looks on: when it is killed the workers
+go on, and the same command finds the runs that it had sent. An interrupt takes back what has not begun.
 
 A cell that loses its worker ATTEMPTS times is likely the reason itself (too much memory for the machine), and counts as failed.
 """
@@ -11,9 +11,10 @@ A cell that loses its worker ATTEMPTS times is likely the reason itself (too muc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,24 @@ from tasks.tracking import close_rows
 ATTEMPTS = 3
 LOOK_SECONDS = 2.0
 ROWS_SECONDS = 30.0  # between looks at rows in MLflow whose process was lost
+
+
+def apart(paths: Sequence[Sequence[str]]) -> list[int]:
+    """The places of `paths` in an order in which neighbours have as little as can be in common.
+
+    A path holds what a cell has to build, first things first, and two cells that begin alike would wait for each other. The
+    paths are a tree; its branches take turns, at every fork: `[ab, ac, b]` -> ab, b, ac. Cells that build the same come last.
+    """
+
+    def turns(places: Sequence[int], depth: int) -> list[int]:
+        branches: dict[str | None, list[int]] = {}
+        for place in places:
+            branches.setdefault(paths[place][depth] if depth < len(paths[place]) else None, []).append(place)
+        done = branches.pop(None, [])
+        ordered = [turns(branch, depth + 1) for branch in branches.values()]
+        return done[:1] + [place for place in chain.from_iterable(zip_longest(*ordered)) if place is not None] + done[1:]
+
+    return turns(range(len(paths)), 0)
 
 
 class Note(Protocol):

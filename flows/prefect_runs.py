@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
 OPEN_STATES = ["RUNNING", "PENDING", "SCHEDULED", "CANCELLING"]
+BUSY = 503  # HTTP's code for "again, later": Prefect's for an sqlite file that others are writing to
+BUSY_SECONDS = 120.0
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +54,15 @@ def set_state(api: str, run: str, state: str, message: str) -> None:
 
 
 def post(url: str, body: Any) -> Any:
-    """The server's answer to a JSON body. Raises OSError (an HTTPError when it refuses) and ValueError."""
+    """The server's answer to a JSON body; while it is busy it is asked again. Raises OSError (an HTTPError when it refuses) and ValueError."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        return json.loads(reply.read())
+    deadline, pause = time.monotonic() + BUSY_SECONDS, 0.2
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            if error.code != BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 3.0)

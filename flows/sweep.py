@@ -33,7 +33,7 @@ from flows.cell_process import CellEnd, run_cell
 from flows.cells import Cell, Request, cells, words
 from flows.compose import about
 from flows.pool import open_pool
-from flows.pool_sweep import PoolSweep
+from flows.pool_sweep import PoolSweep, apart
 from flows.sweep_record import CellRecord, SweepRecord, checked_name, latest_record, read_record, sweep_lock, write_record
 from flows.sweep_report import Planned, end_table, expected_time, failures, plan_table, show_status
 from lbllm_core.engine.artifacts import home_folder
@@ -100,7 +100,8 @@ class _Sweep:
             self.show(f"Time of what is missing: {expected_time([planned[i].forecast for i in waiting])} (one cell at a time; starting a cell is not counted)")
             if pool:
                 sender = PoolSweep(open_pool(self.home, servers.shared_prefect(self.home), pool), self.name, self.home, self._note, self.show)
-                sender.run({index: self.found[index] for index in waiting})
+                needs = [[step.recipe for step in planned[index].forecast.steps if step.state != "cached"] for index in waiting]
+                sender.run({waiting[place]: self.found[waiting[place]] for place in apart(needs)})
             else:
                 with servers.prefect_for_this_run(self.home) as port:
                     self._work(waiting, port)

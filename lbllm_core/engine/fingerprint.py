@@ -12,6 +12,7 @@ invalidate one another: then only that function counts, with the definitions and
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator
@@ -44,12 +45,19 @@ def code_fingerprint(entry_points: Iterable[str]) -> dict[str, str]:
         if name in found:
             continue
         module, _, function = name.partition(":")
-        tree = _without_docstrings(ast.parse(_source_file(module).read_bytes()))
-        if function:
-            tree = _only(tree, function, name)
-        found[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
-        waiting += [m for m in _imports(tree, module) if not _neutral(m)]
+        found[name], reached = _read(_source_file(module).read_bytes(), module, function)
+        waiting += reached
     return dict(sorted(found.items()))
+
+
+@functools.lru_cache(maxsize=1024)  # the steps of a run reach mostly the same modules
+def _read(source: bytes, module: str, function: str) -> tuple[str, tuple[str, ...]]:
+    """The digest of a module, or of one function of it, and the modules of ours that it imports and that count."""
+    tree = _without_docstrings(ast.parse(source))
+    if function:
+        tree = _only(tree, function, f"{module}:{function}")
+    digest = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+    return digest, tuple(m for m in _imports(tree, module) if not _neutral(m))
 
 
 def _neutral(module: str) -> bool:

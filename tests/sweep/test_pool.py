@@ -5,17 +5,20 @@ With a real server, workers and a database: `make test-faults ONLY=workers`.
 
 from __future__ import annotations
 
+import threading
 import time
+import urllib.error
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows import pool_sweep, worker
+from flows import pool_sweep, prefect_runs, worker
 from flows.cells import Cell, Request, cells
 from flows.pool import TAKEN_SECONDS, PoolError, PoolRun, _pool_run
-from flows.pool_sweep import ATTEMPTS, PoolSweep
+from flows.pool_sweep import ATTEMPTS, PoolSweep, apart
 from flows.servers import up_lock
 
 LOST = PoolRun("", "CRASHED", "no heartbeat", "w1")
@@ -221,3 +224,50 @@ def test_a_worker_needs_the_locks_of_the_servers(tmp_path: Path) -> None:
         worker.check_locks(tmp_path)
     with up_lock(tmp_path).acquire(timeout=0):
         worker.check_locks(tmp_path)
+
+
+def test_cells_that_begin_alike_are_sent_apart() -> None:
+    steps = [["a", "b"], ["a", "b"], ["a", "c"], ["d", "e"], [], ["a"], ["d", "f"]]
+    order = apart(steps)
+    assert sorted(order) == list(range(len(steps)))
+    assert order[0] == 4  # nothing to build: it keeps no worker waiting
+    assert [steps[place][0] for place in order[1:4]] in (["a", "d", "a"], ["d", "a", "d"])
+    assert order.index(1) > order.index(2)  # the same again comes after what differs
+    assert apart([]) == []
+
+
+@pytest.fixture
+def busy_server() -> Iterator[tuple[str, list[int]]]:
+    """A server on the loopback that answers with the codes of a list, one after the other, then with 200."""
+    codes: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(codes.pop(0) if codes else 200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", codes
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_busy_server_is_asked_again_and_a_refusal_is_not(busy_server: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, codes = busy_server
+    codes += [503, 503]  # Prefect's word for an sqlite file that many workers write to
+    assert prefect_runs.post(url, {}) == {}
+    codes += [422, 200]
+    with pytest.raises(urllib.error.HTTPError):
+        prefect_runs.post(url, {})
+    assert codes == [200]
+    monkeypatch.setattr(prefect_runs, "BUSY_SECONDS", 0.1)
+    codes[:] = [503] * 9
+    with pytest.raises(urllib.error.HTTPError):
+        prefect_runs.post(url, {})
+    assert codes
