@@ -47,14 +47,14 @@ run: kernels ## the whole pipeline on the embedded default, or ARGS='model=... s
 config: $(STAMP) ## print the resolved configuration of ARGS='...' as JSON, for machines that run `python -m lbllm_core.run --config`
 	@$(PY) -m flows.launch config $(ARGS)
 
-sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name QUESTION="..." ARGS='section.field=value'; POOL=lbllm: by workers
-	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --question "$$QUESTION" --pool "$$POOL" --overrides $(ARGS)
+sweep: kernels ## models x experiments x seeds, only what is missing: MODELS=a,b EXPERIMENTS=c,d SEEDS=0,1 SWEEP=name QUESTION="..." ARGS='section.field=value'; POOL=lbllm: by workers; RECORD=results/mine.json: rows for `make tables`
+	@$(PY) -m flows.sweep --models "$$MODELS" --experiments "$$EXPERIMENTS" --seeds "$$SEEDS" --sweep "$$SWEEP" --question "$$QUESTION" --pool "$$POOL" --record "$$RECORD" --overrides $(ARGS)
 
 sweep-status: $(STAMP) ## how far a sweep is: SWEEP=name, without it the last one
 	@$(PY) -m flows.sweep status --sweep "$$SWEEP"
 
 sweep-retry: kernels ## the same sweep again, what failed or was stopped: SWEEP=name, without it the last one
-	@$(PY) -m flows.sweep retry --sweep "$$SWEEP" --pool "$$POOL"
+	@$(PY) -m flows.sweep retry --sweep "$$SWEEP" --pool "$$POOL" --record "$$RECORD"
 
 worker: kernels ## take cells of sweeps from a work pool, one at a time, until stopped; on any number of machines (docs/howto.md): POOL=lbllm
 	@$(PY) -m flows.worker --pool "$(or $(POOL),lbllm)"

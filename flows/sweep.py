@@ -1,6 +1,6 @@
 """`make sweep`: models x experiments x seeds through the one step cache; only what is missing runs.
 
-    python -m flows.sweep --models llama1,llama2 --experiments ablations --seeds 0,1 [--pool lbllm] [section.field=value ...]
+    python -m flows.sweep --models llama1,llama2 --experiments ablations --seeds 0,1 [--pool lbllm] [--record results/mine.json] [section.field=value ...]
 
 First the plan: every cell with the steps that are cached, shared with an earlier cell, or missing, and the time these take
 (`lbllm_core/forecast.py`). A cell is *done* when all its steps are cached and its row in MLflow is finished under this
@@ -35,7 +35,7 @@ from flows.compose import about
 from flows.pool import open_pool
 from flows.pool_sweep import PoolSweep, apart
 from flows.sweep_record import CellRecord, SweepRecord, checked_name, latest_record, read_record, sweep_lock, write_record
-from flows.sweep_report import Planned, end_table, expected_time, failures, plan_table, show_status
+from flows.sweep_report import Planned, check_results_file, end_table, expected_time, failures, plan_table, show_status, write_rows
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.engine.terminal import duration
@@ -62,17 +62,24 @@ def make_plan(found: Sequence[Cell], home: Path, finished: set[str]) -> list[Pla
     return planned
 
 
-def run_sweep(request: Request, home: Path, show: Show = print, detail: Show = print, pool: str = "") -> SweepRecord:
+def run_sweep(request: Request, home: Path, show: Show = print, detail: Show = print, pool: str = "", results: Path | None = None) -> SweepRecord:
     """Plan, run what is missing, and tell the end. Raises ConfigError before anything runs, SweepError when another process has it.
 
     `show` hears the tables, `detail` the output of the cells. `pool`: the work pool whose workers run them; empty: this process does.
+    `results`: the results file that the rows of the finished cells are added to.
     """
     name, found = cells(request)
+    if results is not None:
+        check_results_file(results)
     try:
         with sweep_lock(home, name).acquire(timeout=0):
-            return _Sweep(name, request, found, home, show, detail).run(pool)
+            record = _Sweep(name, request, found, home, show, detail).run(pool)
     except Timeout:
         raise SweepError(f"another process works on the sweep {name}; wait for it (make sweep-status SWEEP={name}), or give this one a name: SWEEP=name") from None
+    if results is not None:
+        write_rows(results, found, record, home)
+        show(f"The rows of the finished cells are in {results}")
+    return record
 
 
 class _Sweep:
@@ -213,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", default="", help="the sweep's name; without it the words name it")
     parser.add_argument("--question", default="", help="what it is to find out: its description in MLflow and in the report")
     parser.add_argument("--pool", default="", help="a Prefect work pool whose workers run the cells (several machines); without it this process does")
+    parser.add_argument("--record", default="", help="a results file (.json) to add the rows of the finished cells to; `make tables` fills pages from such files")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.field=value", help="for every cell")
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cell is stopped
@@ -224,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return show_status(home, name)
         typed = Request(words(chosen.models), words(chosen.experiments), words(chosen.seeds), tuple(chosen.overrides), name, chosen.question)
         with disk_errors_told():
-            record = run_sweep(asked_before(home, name) if chosen.action == "retry" else typed, home, _print, _print, chosen.pool)
+            record = run_sweep(asked_before(home, name) if chosen.action == "retry" else typed, home, _print, _print, chosen.pool, Path(chosen.record) if chosen.record else None)
     except LbllmError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from flows.cells import Cell
 from flows.sweep_record import CellRecord, SweepRecord, in_work, latest_record, read_record
 from lbllm_core.engine.terminal import duration
+from lbllm_core.errors import ConfigError
 from lbllm_core.forecast import Forecast
+from lbllm_core.report.method import method_records, same_row
+from lbllm_core.report.records import Record, read_results, write_results
 from lbllm_core.report.tables import Cells, counted, plain
 
 
@@ -71,16 +76,52 @@ def failures(record: SweepRecord) -> list[str]:
 
 def final_figures(home: Path, digest: str) -> list[str]:
     """Bits, first perplexity, and its ratio to the teacher's, from the kept result of a run; empty where there is none."""
-    try:
-        rows = json.loads((home / "results" / digest[:16] / "result.json").read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
-        return ["", "", ""]
-    by_name = {row["row"]: row for row in rows}
+    by_name = {row["row"]: row for row in _kept_rows(home, digest)}
     teacher, final = by_name.get("teacher", {}), by_name.get("final", {})
     name = next((n for n in final or teacher if n.startswith("ppl_") and not n.endswith("_stderr")), "")
     value, ceiling, bits = final.get(name), teacher.get(name), final.get("effective_bpw")
     shown = f"{name} {value:.2f}" if value is not None else f"{name} {ceiling:.2f} (teacher)" if ceiling is not None else ""
     return [f"{bits:.3f}" if bits is not None else "", shown, f"x{value / ceiling:.3g}" if value is not None and ceiling else ""]
+
+
+def _kept(home: Path, digest: str) -> Path:
+    return home / "results" / digest[:16] / "result.json"
+
+
+def _kept_rows(home: Path, digest: str) -> list[Mapping[str, Any]]:
+    """The rows of a run's kept result; none where there is no result."""
+    try:
+        rows: list[Mapping[str, Any]] = json.loads(_kept(home, digest).read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return rows
+
+
+def check_results_file(path: Path) -> None:
+    """Refuse, before anything runs, a file that the rows could not be added to. Raises ConfigError, and ArtifactError for one of another schema."""
+    if path.suffix != ".json" or path.is_dir():
+        raise ConfigError([f"RECORD={path} is no file that results could be written to; name one that ends in .json, such as results/mine.json"])
+    if path.exists():
+        read_results(path)
+
+
+def rows_of(found: Sequence[Cell], record: SweepRecord, home: Path) -> list[Record]:
+    """What the finished cells measured, as records for a results file, each with the time of its run."""
+    records: list[Record] = []
+    for cell, state in zip(found, (c.state for c in record.cells), strict=True):
+        rows = _kept_rows(home, cell.digest) if state in ("finished", "reused") else []
+        when = datetime.fromtimestamp(_kept(home, cell.digest).stat().st_mtime, UTC).isoformat(timespec="seconds") if rows else ""
+        records += [{**r, "measured": {"date": when}} for r in method_records(cell.config, rows)]
+    return records
+
+
+def write_rows(path: Path, found: Sequence[Cell], record: SweepRecord, home: Path) -> None:
+    """Add the rows of the finished cells to a results file, in place of older ones of the same runs."""
+    asked = " ".join(f"{key.upper()}={','.join(record.asked[key])}" for key in ("models", "experiments", "seeds") if record.asked[key])
+    words = " ".join(record.asked["overrides"])
+    rows = rows_of(found, record, home)
+    if rows:
+        write_results(path, f"make sweep {asked}" + (f" ARGS='{words}'" if words else ""), rows, keep=lambda old: not any(same_row(old, new) for new in rows))
 
 
 def show_status(home: Path, name: str) -> int:

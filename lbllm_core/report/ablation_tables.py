@@ -77,7 +77,10 @@ def figures_of(records: Iterable[Record], model: str) -> dict[str, dict[str, dic
 
 def families(figures: Mapping[str, Figures]) -> list[Family]:
     """The families that have a measured variant, in the order of `FAMILIES`, others behind them by name."""
-    runs = {other: run for run in figures for group in SAME_RUN if run in group for other in group if other not in figures} | {run: run for run in figures}
+    runs = {run: run for run in figures}
+    for group in SAME_RUN:  # one run: measured under one of its names, or found in the cache and written down under each
+        for run in [name for name in group if name in figures][:1]:
+            runs |= {name: run for name in group if figures.get(name, figures[run]) == figures[run]}
     members: dict[str, dict[str, str]] = {}
     for experiment, run in runs.items():
         family, variant = family_of(experiment)
@@ -122,6 +125,20 @@ def ablation_tables(records: Sequence[Record], model: str) -> str:
             cells.append(_line(variant.name + (f" (as {of}: {words_of(name, of)})" if variant.run_as else ""), variant.figures, family.first.figures))
         made.append(f"**{family.title}**, `{family.prefix}`\n\n{markdown(cells)}")
     return "\n".join(made)
+
+
+def repeats_table(records: Sequence[Record], model: str) -> str:
+    """Runs that were measured twice, in the order of time: WikiText-2 of both, and how far the second lies from the first, on each protocol."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for r in records:
+        if r["model"] == model and r["name"] in PROTOCOLS and r["row"] == "final":
+            found.setdefault(str(r["experiment"]), {}).setdefault(str(r["name"]), []).append(float(r["value"]))
+    twice = {experiment: figures for experiment, figures in found.items() if all(len(figures.get(p, [])) > 1 for p in PROTOCOLS)}
+    cells: Cells = [["experiment", "first", "again", *(_text(name) for name in PROTOCOLS)]]
+    for experiment, figures in sorted(twice.items()):
+        first, again = ([values[place] for values in (figures[p] for p in PROTOCOLS)] for place in (0, -1))
+        cells.append([experiment, f"{first[0]:.2f}", f"{again[0]:.2f}", *(f"{100 * (b / a - 1):+.1f} %" for a, b in zip(first, again, strict=True))])
+    return markdown(cells)
 
 
 def _line(name: str, figures: Figures, recipe: Figures) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import DataError
-from lbllm_core.report.ablation_tables import ablation_tables, panels
+from lbllm_core.report.ablation_tables import ablation_tables, panels, repeats_table
 from lbllm_core.report.block_errors import errors_table, site_costs_table
 from lbllm_core.report.fault_tables import fault_table
 from lbllm_core.report.kernel_tables import model_table, peers_table, product_table
@@ -139,6 +139,7 @@ TABLES: Mapping[str, Source] = MappingProxyType(
         "controls": Source(("controls_cpu.json",), controls_table, lambda r: _ours(r) and r["name"] == CPU_PROTOCOL),
         "zero_shot": Source(SEEDS, lambda content: zero_shot_table(content["records"], MODEL), lambda r: _ours(r) and str(r["name"]).startswith("acc_")),
         "ablations": Source(("ablations_h200.json",), lambda content: ablation_tables(content["records"], MODEL), lambda r: _perplexity(r) and r["row"] in ("final", "teacher"), ABLATIONS),
+        "repeats": Source(("ablations_h200.json", "sweep_h200.json"), lambda content: repeats_table(content["records"], MODEL), lambda r: _perplexity(r) and r["row"] == "final"),
         "kernels_h200": _of("kernels_h200.json", product_table, "cublas_fp16"),
         "kernels_h100": _of("kernels_h100.json", product_table, "cublas_fp16"),
         "kernels_peers_h200": _of("peers_h200.json", peers_table),

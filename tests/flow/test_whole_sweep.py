@@ -22,6 +22,7 @@ from flows.prefect_runs import mark_crashed
 from flows.sweep_record import CellRecord, SweepRecord, read_record, sweep_lock, write_record
 from lbllm_core.engine.artifacts import Handle
 from lbllm_core.pipeline import Finished
+from lbllm_core.report.records import read_results
 from lbllm_core.report.runs import differences
 from tasks.tracking import LabBook, close_rows, row_digest, store_uri
 
@@ -73,9 +74,10 @@ def test_a_cell_that_cannot_run_does_not_stop_the_others(stack: Stack) -> None:
     assert len(runs) == 2
 
 
-def test_the_same_words_run_nothing_again(stack: Stack) -> None:
+def test_the_same_words_run_nothing_again(stack: Stack, tmp_path: Path) -> None:
     before = {row.run_id for row in lab_book.read_rows(stack.home, "of-tests")}
-    done = sweep(stack, "retry", "--sweep", "of-tests")
+    results = tmp_path / "rows.json"
+    done = sweep(stack, "retry", "--sweep", "of-tests", "--record", str(results))
     assert done.returncode == 1
     assert "4 cells, 0 to run" in done.stdout
     plans = [line.split() for line in done.stdout.splitlines() if line.startswith("tiny tiny seed ") and line.endswith("done")]
@@ -83,6 +85,20 @@ def test_the_same_words_run_nothing_again(stack: Stack) -> None:
     assert list(states(stack).values()) == ["reused", "reused", "failed", "failed"]
     assert {row.run_id for row in lab_book.read_rows(stack.home, "of-tests")} == before
     assert len(flow_runs(stack, "of-tests")) == 2
+    content = read_results(results)
+    assert content["command"].startswith("make sweep MODELS=tiny,llama2 EXPERIMENTS=tiny SEEDS=0,3 ARGS=")
+    final = [r for r in content["records"] if r["row"] == "final" and r["name"] == "ppl_synthetic"]
+    (figure,) = {row.text("seed"): row.value("ppl_synthetic") for row in lab_book.read_rows(stack.home, "of-tests") if row.text("seed") == "0"}.values()
+    assert [(r["seed"], r["measured"]["date"] <= content["date"]) for r in final] == [(0, True), (3, True)]
+    assert final[0]["value"] == figure
+
+
+def test_rows_are_not_promised_to_what_is_no_results_file(stack: Stack, tmp_path: Path) -> None:
+    for path, words in ((tmp_path / "rows", "ends in .json"), (tmp_path, "ends in .json"), (stack.home / "sweeps" / "of-tests.json", "has schema None")):
+        done = sweep(stack, "retry", "--sweep", "of-tests", "--record", str(path))
+        assert done.returncode != 0
+        assert words in done.stderr
+        assert "cells" not in done.stdout, "nothing was started"
 
 
 def test_deployment_of_a_sweep(stack: Stack) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lbllm_core.report import pages
-from lbllm_core.report.ablation_tables import RECIPE, ablation_tables, panels
+from lbllm_core.report.ablation_tables import RECIPE, ablation_tables, panels, repeats_table
 from lbllm_core.report.method_tables import PROTOCOLS
 from lbllm_core.report.plots import in_columns
 
@@ -81,6 +81,17 @@ def test_a_variant_that_was_measured_itself_stands_for_itself() -> None:
     found = tables(ablation_tables(again, MODEL))
     assert [line[0] for line in found["**Stage 4, end to end**, `ablation_stage4_*`"]] == ["recipe", "off", "on"]
     assert found["**Group size, stored levels**, `ablation_group_size_*`"][1][:3] == ["064", "2.500", "61.00 (+1.7 %)"]
+
+
+def test_what_a_sweep_wrote_down_under_every_name_is_one_run() -> None:
+    """A sweep finds a run that it knows in the cache, and its rows are recorded for each of the experiments."""
+    again = [*RECORDS, *(r for name in ("ablation_stage4_on", "ablation_order_heaviest", "ablation_wat_all") for r in row(name, (40.0, 80.0, 60.0)))]
+    assert ablation_tables(again, MODEL) == ablation_tables(RECORDS, MODEL)
+
+
+def test_runs_that_were_measured_twice_stand_side_by_side() -> None:
+    text = repeats_table([*RECORDS, *row("ablation_data_size_008", (88.0, 190.0, 303.0))], MODEL)
+    assert [line.strip("| ").split(" | ") for line in text.strip().splitlines()[2:]] == [["ablation_data_size_008", "80.00", "88.00", "+10.0 %", "-5.0 %", "+1.0 %"]]
 
 
 def test_teacher_and_seeds_are_told_once() -> None:
