@@ -52,6 +52,7 @@ DATABASES = (SQLITE, "postgresql+psycopg2://")  # the driver by its name: which 
 ROW_SECONDS = 2.0  # a row is never locked for longer, except by the run that owns it
 NOTE, OURS = "mlflow.note.content", "lbllm.description"  # what MLflow shows as the description, and what we wrote there
 SHOWN_PARAMS = ("model.name", "experiment", "scheme.name", "seed")
+STAGE_PARAMS = ("weight_distill.enabled", "act_quant.enabled", "end_to_end.enabled")  # MLflow's plots call a parameter that is not there "unknown"
 RUN_NAME, DURATION = "attributes.`Run Name`", "attributes.`Duration`"  # columns of MLflow's table of runs
 NAME_PIXELS, CELL_PIXELS, LETTER_PIXELS = 300, 36, 7  # so wide that neither heads nor names are cut
 SECTION_OF = {
@@ -255,7 +256,7 @@ class LabBook:
         fields = [f for f in ("experiment", "seed", *SECTIONS) if f != "tracking"]
         default = select(RunConfig(), fields)
         changed = {name: value for name, value in select(c, fields).items() if value != default[name] and not isinstance(value, dict)}
-        always = select(c, SHOWN_PARAMS)
+        always = select(c, (*SHOWN_PARAMS, *STAGE_PARAMS))
         self._note("params", {name: _plain(value) for name, value in (changed | always).items()})
         tags = {"lbllm.model": c.model.name, "lbllm.scheme": c.scheme.name, "lbllm.experiment": c.experiment, "lbllm.home": str(self.home)}
         if c.tracking.sweep:

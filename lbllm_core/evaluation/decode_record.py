@@ -1,4 +1,4 @@
-"""Writes results/decode_cpu.json: `python -m lbllm_core.evaluation.decode_record [--model-dir FOLDER] [--teacher FOLDER]`.
+"""How fast a packed model decodes beside its teacher: `python -m lbllm_core.evaluation.decode_record [--model-dir FOLDER] [--teacher FOLDER] [--out results/decode_cpu.json]`.
 
 A packed model and its fp32 teacher on this machine's CPU, each in fresh processes (`speed.py`), in turns, so that a slow minute of the
 machine meets both; a figure is the median over the turns, with the extremes beside it. The packed model is the newest of LBLLM_HOME
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-dir", default="")
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--shape", default="smollm2_135m", help="name of the architecture in the records")
-    parser.add_argument("--out", type=Path, default=Path("results/decode_cpu.json"))
+    parser.add_argument("--out", type=Path, help="a results file to write; without it the figures are only shown")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=32)
@@ -71,12 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     context = {"shape": chosen.shape, "batch": 1, "context": int(turns["packed"][0]["prefill_tokens"]), "decode_tokens": chosen.decode, "threads": int(turns["packed"][0]["threads"])}
-    write_results(chosen.out, "python -m lbllm_core.evaluation.decode_record", records(turns, context))
     for name, unit in UNITS.items():
         ours, theirs = (statistics.median([f[name] for f in turns[engine]]) for engine in ("packed", "fp32"))
         ratio = f"{ours / theirs:8.2f}x" if theirs else ""
         print(f"{name:14} packed {ours:10.3f}   fp32 {theirs:10.3f} {unit:8} {ratio}")
-    print(f"written: {chosen.out}")
+    if chosen.out:
+        write_results(chosen.out, f"python -m lbllm_core.evaluation.decode_record --out {chosen.out.name}", records(turns, context))
+        print(f"written: {chosen.out}")
     return 0
 
 

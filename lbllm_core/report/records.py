@@ -22,6 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from filelock import FileLock
+
 from lbllm_core.errors import ArtifactError
 
 SCHEMA = 1
@@ -50,14 +52,16 @@ def write_results(
         value = record.get("value")
         if not record.get("name") or "unit" not in record or isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ArtifactError(f"{path.name}: the record {record!r} needs a name, a unit and a finite value")
-    head, before = head_now(command, device, measured_with), read_results(path) if path.exists() else {"records": []}
-    stay = [r for r in before["records"] if keep(r)]
-    content = {"schema": SCHEMA, **head, "records": under(head, before, stay) + under(head, head, found)}
+    head = head_now(command, device, measured_with)
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        with FileLock(path.with_name(f".{path.name}.lock")):  # two batches may end in the same moment
+            before = read_results(path) if path.exists() else {"records": []}
+            stay = [r for r in before["records"] if keep(r)]
+            content = {"schema": SCHEMA, **head, "records": under(head, before, stay) + under(head, head, found)}
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written ({error.strerror}); mend that, or name another file") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,3 +82,13 @@ def test_accuracies_are_of_the_machine_that_scored_each(old: Path) -> None:
     assert read_results(old)["command"] == "python -m lbllm_core.evaluation.offline_tasks aggregate"
     record_figures(old, scored)  # type: ignore[arg-type]
     assert len(read_results(old)["records"]) == 4, "the same rows replace themselves"
+
+
+def test_two_that_write_at_the_same_moment_lose_nothing(old: Path) -> None:
+    def add(model: str) -> None:
+        write_results(old, "make new", [{**A, "model": model}], keep=lambda record: record["model"] != model)
+
+    names = [f"m{i}" for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(add, names))
+    assert sorted(r["model"] for r in read_results(old)["records"]) == sorted(["a", "b", *names])
