@@ -77,8 +77,8 @@ def run_sweep(request: Request, home: Path, show: Show = print, detail: Show = p
     except Timeout:
         raise SweepError(f"another process works on the sweep {name}; wait for it (make sweep-status SWEEP={name}), or give this one a name: SWEEP=name") from None
     if results is not None:
-        write_rows(results, found, record, home)
-        show(f"The rows of the finished cells are in {results}")
+        written = write_rows(results, found, record, home)
+        show(f"The rows of the finished cells are in {results}" if written else f"No cell has finished: {results} is as it was")
     return record
 
 

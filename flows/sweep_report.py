@@ -115,13 +115,14 @@ def rows_of(found: Sequence[Cell], record: SweepRecord, home: Path) -> list[Reco
     return records
 
 
-def write_rows(path: Path, found: Sequence[Cell], record: SweepRecord, home: Path) -> None:
-    """Add the rows of the finished cells to a results file, in place of older ones of the same runs."""
+def write_rows(path: Path, found: Sequence[Cell], record: SweepRecord, home: Path) -> bool:
+    """Add the rows of the finished cells to a results file, in place of older ones of the same runs; False when there are none."""
     asked = " ".join(f"{key.upper()}={','.join(record.asked[key])}" for key in ("models", "experiments", "seeds") if record.asked[key])
     words = " ".join(record.asked["overrides"])
     rows = rows_of(found, record, home)
     if rows:
         write_results(path, f"make sweep {asked}" + (f" ARGS='{words}'" if words else ""), rows, keep=lambda old: not any(same_row(old, new) for new in rows))
+    return bool(rows)
 
 
 def show_status(home: Path, name: str) -> int:

@@ -79,8 +79,8 @@ def families(figures: Mapping[str, Figures]) -> list[Family]:
     """The families that have a measured variant, in the order of `FAMILIES`, others behind them by name."""
     runs = {run: run for run in figures}
     for group in SAME_RUN:  # one run: measured under one of its names, or found in the cache and written down under each
-        for run in [name for name in group if name in figures][:1]:
-            runs |= {name: run for name in group if figures.get(name, figures[run]) == figures[run]}
+        run = next((name for name in group if name in figures), "")
+        runs |= {name: run for name in group if run and figures.get(name, figures[run]) == figures[run]}
     members: dict[str, dict[str, str]] = {}
     for experiment, run in runs.items():
         family, variant = family_of(experiment)
