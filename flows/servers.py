@@ -38,7 +38,9 @@ from tasks.tracking import artifact_uri, store_file, store_uri
 HOST = "127.0.0.1"
 MLFLOW_PORT = 5226
 MEND_SECONDS = 2.0
+SILENT_SECONDS = 60.0  # a server that runs and has not answered for so long hangs: Prefect's can, when many write to its sqlite file (docs/log.md, entry 45)
 START_SECONDS = 180.0  # a fresh home migrates its database first
+AGAIN_SECONDS = 15.0  # what one that started long ago gets to answer
 log = logging.getLogger(__name__)
 SETTINGS = Path(__file__).resolve().parent.parent / "prefect.toml"
 
@@ -112,7 +114,7 @@ def flow_environment(home: Path) -> dict[str, str]:
 def prefect_for_this_run(home: Path) -> Iterator[int]:
     """A Prefect server to run a flow on, as its port: the one that is up, else one of our own, stopped after its last user.
 
-    A server that dies meanwhile is started again on the same port: a flow waits minutes for every answer of one that is gone.
+    A server that dies or hangs meanwhile is started again on the same port: a flow waits minutes for every answer of one that is gone.
     """
     if elsewhere(home):
         yield shared_prefect(home)
@@ -123,13 +125,11 @@ def prefect_for_this_run(home: Path) -> Iterator[int]:
     with _one_at_a_time(home):
         server = prefect_that_answers(home) or start_prefect(home, "run", _free_port(prefect_port()))
         write_atomic(mine, json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time()}).encode())
-    over = threading.Event()
-    threading.Thread(target=_mend, args=(home, server, over), daemon=True).start()
     try:
-        yield server.port
+        with _mended(home, server):
+            yield server.port
     finally:
         with _one_at_a_time(home):
-            over.set()
             mine.unlink(missing_ok=True)
             now = running(home, "prefect")
             if now and now.keeper == "run" and not _live_users(users):
@@ -146,28 +146,60 @@ def shared_prefect(home: Path) -> int:
     raise ServerError(f"no Prefect server answers at {HOST}:{port}; `make up` on {machine or 'one machine'}, and on every other one a tunnel to it: {tunnel}")
 
 
+@contextlib.contextmanager
+def kept_up(home: Path) -> Iterator[None]:
+    """The Prefect server of this machine is started again while the block lasts, when it dies or hangs; one on another machine is left alone."""
+    server = running(home, "prefect")
+    with _mended(home, server) if server else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _mended(home: Path, server: Server) -> Iterator[None]:
+    over = threading.Event()
+    threading.Thread(target=_mend, args=(home, server, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def _mend(home: Path, server: Server, over: threading.Event) -> None:
     """Keep a Prefect server on the port until `over`: a run beside this one, or a person, may be faster."""
+    heard = time.monotonic()
     while not over.wait(MEND_SECONDS):
         server = running(home, "prefect") or server
         if server.alive():
-            continue
+            if _healthy(server, SILENT_SECONDS / 4):
+                heard = time.monotonic()
+            if time.monotonic() - heard < SILENT_SECONDS:
+                continue
         with _one_at_a_time(home):
-            if over.is_set() or running(home, "prefect"):
+            now = running(home, "prefect")
+            if over.is_set() or (now and (now != server or _healthy(now, MEND_SECONDS))):
                 continue
             try:
-                log.warning("Prefect's server is gone (was it killed?); it is started again, the run goes on")
+                if now:
+                    log.warning("Prefect's server does not answer any more (it hangs); it is started again, the run goes on")
+                else:
+                    log.warning("Prefect's server is gone (was it killed?); it is started again, the run goes on")
+                stop(home, "prefect")
                 server = start_prefect(home, server.keeper, server.port)
+                heard = time.monotonic()
             except LbllmError as error:
                 log.warning("Prefect's server could not be started again: %s", error)
+
+
+def _healthy(server: Server, seconds: float = MEND_SECONDS) -> bool:
+    return answers(f"http://{HOST}:{server.port}/api/health", seconds)
 
 
 def prefect_that_answers(home: Path) -> Server | None:
     """The recorded Prefect server, once it answers; one that does not (its starter was killed, it hangs) is stopped."""
     server = running(home, "prefect")
-    deadline = time.monotonic() + START_SECONDS
-    while server is not None and server.alive() and time.monotonic() < deadline:
-        if answers(f"http://{HOST}:{server.port}/api/health"):
+    deadline = max(time.time() + AGAIN_SECONDS, server.created + START_SECONDS) if server else 0.0
+    while server is not None and server.alive() and time.time() < deadline:
+        if _healthy(server):
             return server
         time.sleep(0.3)
     if server is not None:
@@ -278,10 +310,10 @@ def stop(home: Path, name: str) -> bool:
     return True
 
 
-def answers(url: str) -> bool:
-    """True when the address answers with success."""
+def answers(url: str, seconds: float = 2.0) -> bool:
+    """True when the address answers with success, within so many seconds."""
     try:
-        with urllib.request.urlopen(url, timeout=2) as reply:
+        with urllib.request.urlopen(url, timeout=seconds) as reply:
             return bool(200 <= reply.status < 300)
     except (OSError, ValueError):
         return False

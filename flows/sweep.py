@@ -108,7 +108,8 @@ class _Sweep:
             if pool:
                 sender = PoolSweep(open_pool(self.home, servers.shared_prefect(self.home), pool), self.name, self.home, self._note, self.show)
                 needs = [[step.recipe for step in planned[index].forecast.steps if step.state != "cached"] for index in waiting]
-                sender.run({waiting[place]: self.found[waiting[place]] for place in apart(needs)})
+                with servers.kept_up(self.home):
+                    sender.run({waiting[place]: self.found[waiting[place]] for place in apart(needs)})
             else:
                 with servers.prefect_for_this_run(self.home) as port:
                     self._work(waiting, port)

@@ -75,10 +75,11 @@ def failures(record: SweepRecord) -> list[str]:
 
 
 def final_figures(home: Path, digest: str) -> list[str]:
-    """Bits, first perplexity, and its ratio to the teacher's, from the kept result of a run; empty where there is none."""
-    by_name = {row["row"]: row for row in _kept_rows(home, digest)}
+    """Bits, the perplexity that was asked first, and its ratio to the teacher's, from the kept result of a run; empty where there is none."""
+    result = _kept_result(home, digest)
+    by_name = {row["row"]: row for row in result.get("rows", [])}
     teacher, final = by_name.get("teacher", {}), by_name.get("final", {})
-    name = next((n for n in final or teacher if n.startswith("ppl_") and not n.endswith("_stderr")), "")
+    name = next((n for n in [*result.get("protocols", []), *sorted(final or teacher)] if n.startswith("ppl_") and n in (final or teacher)), "")
     value, ceiling, bits = final.get(name), teacher.get(name), final.get("effective_bpw")
     shown = f"{name} {value:.2f}" if value is not None else f"{name} {ceiling:.2f} (teacher)" if ceiling is not None else ""
     return [f"{bits:.3f}" if bits is not None else "", shown, f"x{value / ceiling:.3g}" if value is not None and ceiling else ""]
@@ -88,13 +89,13 @@ def _kept(home: Path, digest: str) -> Path:
     return home / "results" / digest[:16] / "result.json"
 
 
-def _kept_rows(home: Path, digest: str) -> list[Mapping[str, Any]]:
-    """The rows of a run's kept result; none where there is no result."""
+def _kept_result(home: Path, digest: str) -> Mapping[str, Any]:
+    """What a run keeps of itself; empty where there is no result."""
     try:
-        rows: list[Mapping[str, Any]] = json.loads(_kept(home, digest).read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
-        return []
-    return rows
+        kept: Mapping[str, Any] = json.loads(_kept(home, digest).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept
 
 
 def check_results_file(path: Path) -> None:
@@ -109,7 +110,7 @@ def rows_of(found: Sequence[Cell], record: SweepRecord, home: Path) -> list[Reco
     """What the finished cells measured, as records for a results file, each with the time of its run."""
     records: list[Record] = []
     for cell, state in zip(found, (c.state for c in record.cells), strict=True):
-        rows = _kept_rows(home, cell.digest) if state in ("finished", "reused") else []
+        rows = _kept_result(home, cell.digest).get("rows", []) if state in ("finished", "reused") else []
         when = datetime.fromtimestamp(_kept(home, cell.digest).stat().st_mtime, UTC).isoformat(timespec="seconds") if rows else ""
         records += [{**r, "measured": {"date": when}} for r in method_records(cell.config, rows)]
     return records

@@ -31,13 +31,13 @@ def link_to_mlflow(address: str) -> str:
 
 
 def publish(run: Run, book: LabBook, mlflow: str = "") -> dict[str, Any]:
-    """Write the result table to each place; returns `{'rows': ..., 'steps': ..., 'mlflow_run': id}` and keeps it as JSON.
+    """Write the result table to each place; returns what it keeps as JSON: rows, steps, the row in MLflow, the protocols in the order asked.
 
     `mlflow`: the address of the run's row there, for Prefect's page.
     """
     rows, steps = result_rows(run.finished), step_entries(run.finished)
-    result = {"rows": rows, "steps": steps, "mlflow_run": book.run_id, "config": book.digest}
     evaluation = run.config.evaluation
+    result = {"rows": rows, "steps": steps, "mlflow_run": book.run_id, "config": book.digest, "protocols": list(evaluation.protocols)}
     if evaluation.expected:
         result["expected"] = comparisons(rows, evaluation)
         book.figures(expectation_figures(rows, evaluation))

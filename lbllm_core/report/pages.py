@@ -139,7 +139,7 @@ TABLES: Mapping[str, Source] = MappingProxyType(
         "controls": Source(("controls_cpu.json",), controls_table, lambda r: _ours(r) and r["name"] == CPU_PROTOCOL),
         "zero_shot": Source(SEEDS, lambda content: zero_shot_table(content["records"], MODEL), lambda r: _ours(r) and str(r["name"]).startswith("acc_")),
         "ablations": Source(("ablations_h200.json",), lambda content: ablation_tables(content["records"], MODEL), lambda r: _perplexity(r) and r["row"] in ("final", "teacher"), ABLATIONS),
-        "repeats": Source(("ablations_h200.json", "sweep_h200.json"), lambda content: repeats_table(content["records"], MODEL), lambda r: _perplexity(r) and r["row"] == "final"),
+        "repeats": Source(("ablations_first_h200.json", "ablations_h200.json"), lambda content: repeats_table(content["records"], MODEL), lambda r: _perplexity(r) and r["row"] == "final"),
         "kernels_h200": _of("kernels_h200.json", product_table, "cublas_fp16"),
         "kernels_h100": _of("kernels_h100.json", product_table, "cublas_fp16"),
         "kernels_peers_h200": _of("peers_h200.json", peers_table),

@@ -1,4 +1,4 @@
-"""A Prefect server whose starter was killed while it started: never taken for one that answers, nor left behind."""
+"""Prefect servers that do not answer: starting, hanging, dead, on another machine. None is taken for one that answers, nor left behind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import http.server
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,8 @@ def recorded(tmp_path: Path):
 
 def test_one_that_never_answers_is_stopped(recorded, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     home, process, _ = recorded
-    monkeypatch.setattr(servers, "START_SECONDS", 1.0)
+    monkeypatch.setattr(servers, "START_SECONDS", 0.5)
+    monkeypatch.setattr(servers, "AGAIN_SECONDS", 1.0)
     assert servers.running(home, "prefect") is not None
     assert servers.prefect_that_answers(home) is None
     process.wait(10)
@@ -54,6 +56,49 @@ def test_one_that_is_still_starting_is_waited_for(recorded) -> None:  # type: ig
     assert found.port == port
     late[0].shutdown()
     assert process.poll() is None
+
+
+HANGS = """
+import http.server, pathlib, sys, time
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if pathlib.Path(sys.argv[2]).exists():
+            time.sleep(600)
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_one_that_hangs_or_dies_in_a_sweep_is_started_again(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hang = tmp_path / "hang"
+
+    def start(home: Path, keeper: str, port: int) -> Server:
+        hang.unlink(missing_ok=True)
+        return servers.start(home, "prefect", ["-c", HANGS, str(port), str(hang)], keeper, port, lambda: servers.answers(f"http://127.0.0.1:{port}/api/health"))
+
+    monkeypatch.setattr(servers, "MEND_SECONDS", 0.2)
+    monkeypatch.setattr(servers, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(servers, "start_prefect", start)
+    first = start(tmp_path, "up", free_port())
+    try:
+        with servers.kept_up(tmp_path):
+            time.sleep(3.0)
+            assert servers.running(tmp_path, "prefect") == first, "one that answers is left alone"
+            if how == "hangs":
+                hang.touch()
+            else:
+                psutil.Process(first.pid).kill()
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and (servers.running(tmp_path, "prefect") or first).pid == first.pid:
+                time.sleep(0.1)
+            second = servers.running(tmp_path, "prefect")
+        assert second is not None
+        assert (second.pid != first.pid, second.port, second.keeper) == (True, first.port, "up")
+        assert not first.alive()
+    finally:
+        servers.stop(tmp_path, "prefect")
 
 
 def of_another_machine(home: Path, keeper: str = "up") -> None:

@@ -89,9 +89,29 @@ def test_what_a_sweep_wrote_down_under_every_name_is_one_run() -> None:
     assert ablation_tables(again, MODEL) == ablation_tables(RECORDS, MODEL)
 
 
-def test_runs_that_were_measured_twice_stand_side_by_side() -> None:
-    text = repeats_table([*RECORDS, *row("ablation_data_size_008", (88.0, 190.0, 303.0))], MODEL)
-    assert [line.strip("| ").split(" | ") for line in text.strip().splitlines()[2:]] == [["ablation_data_size_008", "80.00", "88.00", "+10.0 %", "-5.0 %", "+1.0 %"]]
+def test_how_far_runs_that_were_measured_twice_lie_apart() -> None:
+    again = [
+        *row("ablation_data_size_008", (88.0, 190.0, 300.0)),
+        *(r for name in ("ablation_stage4_on", "ablation_aar_none") for r in row(name, (39.0, 80.8, 60.6))),  # the recipe, under two names
+        *row("ablation_joint_1e-2_smoothing_on", (10.0, 10.0, 10.0)),
+        *row("ablation_joint_1e-2_smoothing_on", (12.0, 10.0, 10.0)),
+    ]
+    lines = [line.strip("| ").split(" | ") for line in repeats_table([*RECORDS, *again], MODEL).strip().splitlines()[2:]]
+    assert lines[:3] == [
+        ["wikitext2_s2048", "2", "2.5 %", "10.0 %", "10.0 % (data_size_008)"],
+        ["ptb_s2048", "2", "1.0 %", "5.0 %", "5.0 % (data_size_008)"],
+        ["c4_s2048", "2", "0.0 %", "1.0 %", "1.0 % (method_ablations)"],
+    ]
+    assert lines[3][:2] == ["wikitext2_s2048, joint", "1"]
+    assert lines[3][4] == "20.0 % (joint_1e-2_smoothing_on)"
+
+
+def test_a_sweep_of_the_ablations_alone_knows_the_recipe_by_their_names() -> None:
+    """`make sweep EXPERIMENTS=ablations RECORD=...` writes no row that is called after the recipe."""
+    recipe, rest = [r for r in RECORDS if r["experiment"] == RECIPE], [r for r in RECORDS if r["experiment"] != RECIPE]
+    named = [{**r, "experiment": name} for name in ("ablation_stage4_on", "ablation_wat_all") for r in recipe]
+    assert ablation_tables([*rest, *named], MODEL) == ablation_tables(RECORDS, MODEL)
+    assert panels([*rest, *named], MODEL) == panels(RECORDS, MODEL)
 
 
 def test_teacher_and_seeds_are_told_once() -> None:
