@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from flows.compose import published
 from flows.lab_book import compare_address, kept, list_address, read_rows
-from flows.sweep_record import checked_name, read_record
+from flows.sweep_record import SweepRecord, checked_name, read_record
 from lbllm_core.engine.artifacts import home_folder
 from lbllm_core.engine.files import write_atomic
 from lbllm_core.errors import LbllmError
@@ -43,6 +43,12 @@ def with_planned(rows: Sequence[RunRow], home: Path, sweep: str) -> list[RunRow]
         for cell in missing
     ]
     return [*rows, *extra]
+
+
+def in_order(rows: Sequence[RunRow], record: SweepRecord | None) -> list[RunRow]:
+    """Finished runs first; runs of one state as the sweep names its cells (workers finish them in another order), others as they come."""
+    places = {cell.digest: place for place, cell in enumerate(record.cells if record else ())}
+    return sorted(rows, key=lambda row: (ORDER.index(row.state) if row.state in ORDER else len(ORDER), places.get(row.digest, len(places))))
 
 
 def page(rows: Sequence[RunRow], name: str, home: Path, pictures: Sequence[Path]) -> str:
@@ -103,7 +109,7 @@ def compare(home: Path, sweep: str = "") -> tuple[str, list[Path]]:
         known = sorted({row.sweep for row in read_rows(home) if row.sweep}) if sweep else []
         hint = f"; sweeps in it: {', '.join(known)}" if known else "; `make run` or `make sweep MODELS=tiny SEEDS=0,1` makes some"
         return f"There are no runs{f' of the sweep {sweep}' if sweep else ''} in the lab book of {home} yet{hint}.\n", []
-    rows.sort(key=lambda row: ORDER.index(row.state) if row.state in ORDER else len(ORDER))
+    rows = in_order(rows, read_record(home, sweep) if sweep else None)
     name = sweep or "all"
     folder = home / "compare"
     folder.mkdir(exist_ok=True)

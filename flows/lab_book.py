@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote, urlparse
 from filelock import FileLock, Timeout
 
 from flows import servers
-from lbllm_core.report.runs import RunRow, differences
+from lbllm_core.report.runs import RunRow, differences, measured
 from tasks.tracking import share_columns, store_exists, store_file, store_uri
 
 STATES = {"FINISHED": "finished", "RUNNING": "running", "FAILED": "failed", "KILLED": "stopped", "SCHEDULED": "running"}
@@ -193,5 +193,7 @@ def columns_address(home: Path, rows: Sequence[RunRow], sweep: str = "") -> str:
     newest_row = max(rows, key=lambda row: row.started)
     experiment = experiment_of(newest_row)
     own = [row for row in rows if experiment_of(row) == experiment]
-    key = share_columns(home, experiment, {name for row in own for name in row.figures}, differences(own)[0][1:], sweep)
+    there = {name for row in own for name in row.figures}
+    scores = [name for name in (f"eval/{figure}" for figure in measured(own)) if name in there]
+    key = share_columns(home, experiment, [*scores, *(there - set(scores))], differences(own)[0][1:], sweep)
     return f"{address(home)}/#/experiments/{experiment}/runs?viewStateShareKey={key}" if key else ""

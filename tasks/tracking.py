@@ -422,12 +422,12 @@ def close_rows(home: Path, sweep: str, reason: str) -> int:
 def share_columns(home: Path, experiment_id: str, metrics: Iterable[str], params: Iterable[str], sweep: str = "") -> str:
     """A view of MLflow's run table with the columns that matter, figures first, and with `sweep` only its runs, as the key of its address.
 
-    `metrics`: all names that the runs have, of which the view takes some; `params`: those that tell the runs apart. MLflow keeps a
+    `metrics`: names that runs have, in the order of the columns, of which the view takes some; `params`: those that tell the runs apart. MLflow keeps a
     shared view as a tag of the experiment, as JSON; `?viewStateShareKey=<key>` opens it. Empty when the store is down or the
     experiment is gone: the table is there without it.
     """
-    known = set(metrics)
-    scores = sorted((name for name in known if name.startswith("eval/") and "stderr" not in name), key=lambda name: (not name.startswith("eval/ppl_"), name))
+    known = list(metrics)
+    scores = [name for name in known if name.startswith("eval/") and "stderr" not in name]
     figures = [name for name in (*scores, "size/effective_bpw", "size/disk_mb", "speed/decode_tok_s") if name in known]
     columns = [*(f"metrics.`{name}`" for name in figures), *(f"params.`{name}`" for name in dict.fromkeys((*params, *SHOWN_PARAMS)))]
     widths = {column: CELL_PIXELS + LETTER_PIXELS * len(column.split("`")[1]) for column in columns} | {RUN_NAME: NAME_PIXELS, DURATION: 90}

@@ -73,11 +73,13 @@ def plain_value(value: Any) -> str:
 
 
 def measured(rows: Sequence[RunRow]) -> list[str]:
-    """Names of the perplexities, then of the accuracies, that any run has, each without its section."""
+    """Names of the perplexities in the order in which the configurations ask for them, then of the accuracies, that any run has, each without its section."""
     names = dict.fromkeys(
         name.rpartition("/")[2] for row in rows for name in row.figures if name.startswith(("eval/", "teacher/eval/")) and "stderr" not in name
     )
-    return sorted(n for n in names if n.startswith("ppl_")) + sorted(n for n in names if is_accuracy(n))
+    asked = list(dict.fromkeys(name for row in rows for name in row.text("evaluation.protocols").split(", ")))
+    perplexities = sorted((n for n in names if n.startswith("ppl_")), key=lambda n: (asked.index(n) if n in asked else len(asked), n))
+    return perplexities + sorted(n for n in names if is_accuracy(n))
 
 
 def expected_value(row: RunRow, name: str) -> float | None:

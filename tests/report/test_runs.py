@@ -74,6 +74,14 @@ def test_teachers_and_lineage() -> None:
     assert measured([DONE]) == ["ppl_x", "acc_piqa_n200"]
 
 
+def test_perplexities_stand_in_the_order_in_which_they_were_asked() -> None:
+    figures = {f"eval/ppl_{text}": 30.0 for text in ("c4", "ptb", "wikitext2")}
+    asked = RunRow("d" * 32, "finished", fields=FIELDS | {"evaluation.protocols": "ppl_wikitext2, ppl_c4"}, figures=figures)
+    assert measured([asked]) == ["ppl_wikitext2", "ppl_c4", "ppl_ptb"], "one that nobody asks for any more comes last"
+    planned = RunRow("", "planned", fields={"evaluation.protocols": ["ppl_wikitext2", "ppl_c4"]})
+    assert measured([planned, RunRow("e" * 32, "finished", fields=FIELDS, figures=figures)]) == ["ppl_wikitext2", "ppl_c4", "ppl_ptb"]
+
+
 def test_pareto_keeps_what_nobody_beats() -> None:
     assert pareto([(2.5, 40.0), (2.0, 60.0), (2.2, 80.0), (3.0, 40.0), (4.0, 30.0)]) == [(2.0, 60.0), (2.5, 40.0), (4.0, 30.0)]
     assert pareto([]) == []

@@ -1,4 +1,4 @@
-"""The table at the end of a sweep: which figure stands for a cell, and what it makes of results that are missing or damaged."""
+"""The tables of a sweep: which figure stands for a cell, results that are missing or damaged, the order of the comparison."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from flows.compare import in_order
+from flows.sweep_record import CellRecord, SweepRecord
 from flows.sweep_report import final_figures
+from lbllm_core.report.runs import RunRow
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -46,3 +49,10 @@ def test_what_cannot_be_read_is_empty(text: str, tmp_path: Path) -> None:
     keep(tmp_path)
     (tmp_path / "results" / DIGEST[:16] / "result.json").write_text(text)
     assert final_figures(tmp_path, DIGEST) == ["", "", ""]
+
+
+def test_a_comparison_has_the_order_of_the_sweep_whoever_was_first() -> None:
+    cells = tuple(CellRecord(name, name * 64, "tiny", name, "w1p1a4", 0) for name in "abcd")
+    rows = [RunRow("1", "finished", digest="c" * 64), RunRow("2", "failed", digest="a" * 64), RunRow("3", "finished", digest="x" * 64), RunRow("4", "finished", digest="b" * 64)]
+    assert [row.run_id for row in in_order(rows, SweepRecord("s", {}, cells, ""))] == ["4", "1", "3", "2"]
+    assert [row.run_id for row in in_order(rows, None)] == ["1", "3", "4", "2"]
