@@ -148,38 +148,45 @@ def shared_prefect(home: Path) -> int:
 
 @contextlib.contextmanager
 def kept_up(home: Path) -> Iterator[None]:
-    """The Prefect server of this machine is started again while the block lasts, when it dies or hangs; one on another machine is left alone."""
+    """The Prefect server of this machine is started again while the block lasts, when it dies or hangs.
+
+    One on another machine is left alone, and so is one that `make down` stopped, until `make up`.
+    """
     server = running(home, "prefect")
-    with _mended(home, server) if server else contextlib.nullcontext():
+    with _mended(home, server, unless_stopped=True) if server else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
-def _mended(home: Path, server: Server) -> Iterator[None]:
+def _mended(home: Path, server: Server, unless_stopped: bool = False) -> Iterator[None]:
     over = threading.Event()
-    threading.Thread(target=_mend, args=(home, server, over), daemon=True).start()
+    threading.Thread(target=_mend, args=(home, server, over, unless_stopped), daemon=True).start()
     try:
         yield
     finally:
         over.set()
 
 
-def _mend(home: Path, server: Server, over: threading.Event) -> None:
+def _mend(home: Path, server: Server, over: threading.Event, unless_stopped: bool) -> None:
     """Keep a Prefect server on the port until `over`: a run beside this one, or a person, may be faster."""
     heard = time.monotonic()
     while not over.wait(MEND_SECONDS):
-        server = running(home, "prefect") or server
+        noted = _recorded_here(home, "prefect")
+        if noted is None and unless_stopped:
+            continue
+        server = noted or server
         if server.alive():
             if _healthy(server, SILENT_SECONDS / 4):
                 heard = time.monotonic()
             if time.monotonic() - heard < SILENT_SECONDS:
                 continue
         with _one_at_a_time(home):
-            now = running(home, "prefect")
-            if over.is_set() or (now and (now != server or _healthy(now, MEND_SECONDS))):
+            now = _recorded_here(home, "prefect")
+            lives = now is not None and now.alive()
+            if over.is_set() or (now is None and unless_stopped) or (lives and (now != server or _healthy(server))):
                 continue
             try:
-                if now:
+                if lives:
                     log.warning("Prefect's server does not answer any more (it hangs); it is started again, the run goes on")
                 else:
                     log.warning("Prefect's server is gone (was it killed?); it is started again, the run goes on")
@@ -272,10 +279,16 @@ def _recorded(home: Path, name: str) -> Server | None:
         return None
 
 
+def _recorded_here(home: Path, name: str) -> Server | None:
+    """The recorded program of this machine, alive or not."""
+    server = _recorded(home, name)
+    return server if server is not None and server.host == socket.gethostname() else None
+
+
 def running(home: Path, name: str) -> Server | None:
     """The recorded program, if it is alive on this machine; a record of a dead one is removed, that of another machine is left alone."""
-    server = _recorded(home, name)
-    if server is None or server.host != socket.gethostname():
+    server = _recorded_here(home, name)
+    if server is None:
         return None
     if server.alive():
         return server

@@ -72,6 +72,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
 def test_one_that_hangs_or_dies_in_a_sweep_is_started_again(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But one that a person stops stays stopped."""
     hang = tmp_path / "hang"
 
     def start(home: Path, keeper: str, port: int) -> Server:
@@ -94,6 +95,10 @@ def test_one_that_hangs_or_dies_in_a_sweep_is_started_again(how: str, tmp_path: 
             while time.monotonic() < deadline and (servers.running(tmp_path, "prefect") or first).pid == first.pid:
                 time.sleep(0.1)
             second = servers.running(tmp_path, "prefect")
+            with servers.one_at_a_time(tmp_path):
+                servers.stop(tmp_path, "prefect")
+            time.sleep(1.0)
+            assert servers.running(tmp_path, "prefect") is None
         assert second is not None
         assert (second.pid != first.pid, second.port, second.keeper) == (True, first.port, "up")
         assert not first.alive()
