@@ -41,12 +41,18 @@ from lbllm_core.engine.fingerprint import code_fingerprint
 from lbllm_core.engine.memory import release
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
-from lbllm_core.errors import ArtifactError, HomeError, NumericalError
+from lbllm_core.errors import ArtifactError, HomeError, MemoryShortage, NumericalError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 ADDRESS_CHARACTERS = ("?", "%")  # a store under such a path would lie elsewhere
 NOT_RESULTS = ("manifest.json", "prefect.json", "timing", "benchmark", "damaged-")  # files whose names start so are not content
+SMALLER = {  # what a step needs less memory with
+    "ptq_init": "shorter sequences (dataset.seq_len)",
+    "end_to_end": "end_to_end.micro_batch=1",
+    "evaluate_teacher": "evaluation.batch_tokens=2048",
+    "evaluate_model": "evaluation.batch_tokens=2048",
+}
 ALWAYS_VISIBLE = ("experiment", "model.name", "dataset.name", "hardware")
 log = logging.getLogger(__name__)
 
@@ -151,7 +157,7 @@ def run_step(
     parts = key_parts(spec, config, inputs, extra or {})
     key = key_of(parts)
     folder = folder_of(home, spec.name, key)
-    with _disk_errors(spec.name, folder), _locked(folder):
+    with _disk_errors(spec.name, folder), _memory_errors(spec.name), _locked(folder):
         handle = sound(folder)
         if handle is not None:
             log.info("%s: reused %s", spec.name, folder.name)
@@ -314,6 +320,20 @@ def _disk_errors(step: str, folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free / 1e9
         raise ArtifactError(f"step {step} could not write to {folder} ({problem}; {free:.1f} GB free); make room, or set LBLLM_HOME elsewhere, and run again: finished blocks are kept") from error
+
+
+@contextlib.contextmanager
+def _memory_errors(step: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):  # torch's; this module does not load torch
+            raise
+        reason = str(error).partition(". GPU")[0].partition("\n")[0].rstrip(".") or "no memory"
+        tried = SMALLER.get(step, "a smaller batch_size")
+        raise MemoryShortage(
+            f"step {step}: the device has no memory left ({reason}); finished blocks are kept, the same command goes on from there. Try fewer runs on this device at once, {tried}, or a larger device"
+        ) from error
 
 
 @contextlib.contextmanager

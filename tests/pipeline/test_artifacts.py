@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lbllm_core.config import RunConfig
 from lbllm_core.engine import artifacts
@@ -20,7 +21,7 @@ from lbllm_core.engine.artifacts import Handle, folder_of, read_manifest, run_st
 from lbllm_core.engine.files import disk_errors_told
 from lbllm_core.engine.progress import Progress
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
-from lbllm_core.errors import ArtifactError, NumericalError
+from lbllm_core.errors import ArtifactError, MemoryShortage, NumericalError
 
 
 def build(context: StepContext) -> Metrics:
@@ -61,6 +62,34 @@ def test_the_seconds_of_work_are_kept_and_a_reuse_adds_none(tmp_path: Path) -> N
     assert 0.02 <= seconds < 60
     assert run_step(slow, RunConfig(), {}, tmp_path).reused
     assert artifacts.read_seconds(folder) == seconds
+
+
+def out_of_memory(kind: str) -> None:
+    """What torch raises on a GPU that others fill, and on a CPU without memory."""
+    if kind == "cpu":
+        torch.empty(1 << 60, dtype=torch.uint8)
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 21.19 MiB is free. Process 7 has 14.01 GiB memory in use.")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_device_without_memory_is_a_sentence_and_the_step_goes_on_later(kind: str, tmp_path: Path) -> None:
+    def short(context: StepContext) -> Metrics:
+        (context.folder / "block_000.bin").write_bytes(b"finished")
+        out_of_memory(kind)
+        return {}
+
+    with pytest.raises(MemoryShortage, match=r"step fake: the device has no memory left \(.*allocate.*\); finished blocks are kept.*fewer runs") as told:
+        run_step(replace(SPEC, run=short), RunConfig(), {}, tmp_path)
+    assert "Process 7" not in str(told.value)
+    assert (run_step(SPEC, RunConfig(), {}, tmp_path).folder(tmp_path) / "block_000.bin").read_bytes() == b"finished"
+
+
+def test_other_errors_of_a_step_stay_what_they_are(tmp_path: Path) -> None:
+    def broken(context: StepContext) -> Metrics:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        run_step(replace(SPEC, run=broken), RunConfig(), {}, tmp_path)
 
 
 def test_only_fields_that_are_read_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
