@@ -86,7 +86,7 @@ def whole_model_check(packed, fake, ids):
         return lambda _, arguments: (seen[name][0], *arguments[1:])
 
     def compare(name):
-        return lambda _, __, output: contributions.append(packed_check.sqnr_db(output - seen[name][0], seen[name][1] - seen[name][0]))
+        return lambda _, __, output: contributions.append(packed_check.most_tokens_db(output - seen[name][0], seen[name][1] - seen[name][0]))
 
     layers = list(enumerate(packed.model.layers))
     handles = [layer.register_forward_hook(keep(i)) for i, layer in layers]
@@ -97,7 +97,7 @@ def whole_model_check(packed, fake, ids):
         forced = fake(ids, use_cache=False).logits
     for handle in handles:
         handle.remove()
-    return packed_check.sqnr_db(forced, ours), packed_check.sqnr_db(free, ours), min(contributions)
+    return packed_check.most_tokens_db(forced, ours), packed_check.sqnr_db(free, ours), min(contributions)
 
 
 @pytest.mark.parametrize("kv_bits", [4, 16])
@@ -124,6 +124,26 @@ def test_sqnr():
     assert packed_check.sqnr_db(x, x) == math.inf
     assert packed_check.sqnr_db(x, 2 * x) == 0
     assert packed_check.sqnr_db(x, x * math.nan) == -math.inf
+
+
+def test_a_code_that_falls_otherwise_in_one_token_is_no_fault_and_a_fault_in_all_is_found():
+    """As measured: the first token holds nearly half of a block's energy, and one of its codes lay at a boundary."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(1, 256, 64, generator=generator)
+    block[:, 0] *= 14
+    one = block * (1 + 1e-6)
+    one[:, 0] *= 1.16
+    assert packed_check.sqnr_db(block, one) < 20
+    assert packed_check.most_tokens_db(block, one) > 110
+    tenth = block.clone()
+    tenth[:, :26] *= 1.16
+    assert packed_check.most_tokens_db(block, tenth) < 17, "more than a tenth"
+    assert packed_check.most_tokens_db(block, 1.5 * block) == pytest.approx(20 * math.log10(2))
+    assert packed_check.most_tokens_db(block, block) == math.inf
+    assert packed_check.most_tokens_db(block, torch.where(block > 3, math.nan, block)) == -math.inf
+    assert packed_check.most_tokens_db(block[:, :9], one[:, :9]) < 20, "of a few tokens all count"
+    silent = torch.zeros(1, 20, 4)
+    assert packed_check.most_tokens_db(silent, silent + 1) == -math.inf
 
 
 def test_speed_in_a_fresh_process(scheme, make_teacher, make_student, tmp_path):
