@@ -195,5 +195,5 @@ def columns_address(home: Path, rows: Sequence[RunRow], sweep: str = "") -> str:
     own = [row for row in rows if experiment_of(row) == experiment]
     there = {name for row in own for name in row.figures}
     scores = [name for name in (f"eval/{figure}" for figure in measured(own)) if name in there]
-    key = share_columns(home, experiment, [*scores, *(there - set(scores))], differences(own)[0][1:], sweep)
+    key = share_columns(home, experiment, [*scores, *sorted(there - set(scores))], differences(own)[0][1:], sweep)
     return f"{address(home)}/#/experiments/{experiment}/runs?viewStateShareKey={key}" if key else ""
