@@ -201,7 +201,7 @@ def _generate(config: RunConfig, model: Any, tokenizer: Any, free: int = 0) -> T
         try:
             made.append(sample(model, first.to(device), d.seq_len, d.temperature, allowed, draws).cpu())
         except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0] if str(error) else "no memory"
+            reason = memory.shortage(error)
         else:
             begin += len(first)
             log.info("self_generated: %d of %d sequences", min(begin, count), count)

@@ -38,7 +38,7 @@ from filelock import FileLock, Timeout
 from lbllm_core.config import RunConfig, canonical_json, select
 from lbllm_core.engine.files import disk_problem, sha256_file, write_atomic
 from lbllm_core.engine.fingerprint import code_fingerprint
-from lbllm_core.engine.memory import release
+from lbllm_core.engine.memory import release, shortage
 from lbllm_core.engine.progress import Progress, Report, silent
 from lbllm_core.engine.step import Metrics, StepContext, StepSpec
 from lbllm_core.errors import ArtifactError, HomeError, MemoryShortage, NumericalError
@@ -329,10 +329,9 @@ def _memory_errors(step: str) -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):  # torch's; this module does not load torch
             raise
-        reason = str(error).partition(". GPU")[0].partition("\n")[0].rstrip(".") or "no memory"
         tried = SMALLER.get(step, "a smaller batch_size")
         raise MemoryShortage(
-            f"step {step}: the device has no memory left ({reason}); finished blocks are kept, the same command goes on from there. Try fewer runs on this device at once, {tried}, or a larger device"
+            f"step {step}: the device has no memory left ({shortage(error)}); finished blocks are kept, the same command goes on from there. Try fewer runs on this device at once, {tried}, or a larger device"
         ) from error
 
 

@@ -18,6 +18,11 @@ def settle(device: Any) -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
+def shortage(error: Exception) -> str:
+    """What torch says of memory that was not there, without its list of all processes."""
+    return str(error).partition(". GPU")[0].partition("\n")[0].rstrip(".") or "no memory"
+
+
 def release() -> None:
     """Collect what is unreachable, and give free pages (and a GPU's cached ones) back."""
     gc.collect()

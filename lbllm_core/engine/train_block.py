@@ -26,7 +26,7 @@ from lbllm_core.engine import latent_step
 from lbllm_core.engine.block_sweep import BlockJob
 from lbllm_core.engine.hidden_states import At, HiddenStates, handfuls
 from lbllm_core.engine.latent_step import LatentStep
-from lbllm_core.engine.memory import settle
+from lbllm_core.engine.memory import settle, shortage
 from lbllm_core.engine.ranks import Ranks
 from lbllm_core.engine.recorded_step import RecordedStep
 from lbllm_core.errors import MemoryShortage, NumericalError
@@ -153,7 +153,7 @@ class MicroBatches:
             try:
                 return update(factor, inputs, target, progress)
             except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0] if str(error) else "no memory"
+                reason = shortage(error)
             update.forget()
             self._halve(min(self.size, len(inputs)), inputs.shape[1], reason)
 

@@ -9,7 +9,7 @@
    that nine of ten tokens reach; and both models running free (`free_logits_sqnr_db`). The tolerance bounds the first three
    (`lowest_db`). Where an activation lies within one rounding of a decision point, the two models take different 4-bit codes. On equal
    inputs that is one token of hundreds, about 16 dB from its twin while the others are 120 (docs/log.md, entry 46); a fault of packing is
-   in all of them. Running free, thirty blocks amplify it: that figure is reported only, for it is a property of the model, not of
+   in most of them. Running free, thirty blocks amplify it: that figure is reported only, for it is a property of the model, not of
    packing, and two equally valid float orders of the *same* model differ by as much.
 
 Memory: one packed and one fake-quantized block at a time, and three hidden states of the few tokens of the check: packed, fake-quantized on
